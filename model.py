@@ -1,0 +1,355 @@
+"""The policy: a vision-language model, its tokens, its positions, and the log-probs that training differentiates.
+
+Two policies, one code path. "tiny" is the real Qwen2.5-VL classes of transformers at toy size (about 1 M
+parameters), from random weights, with a tokenizer built here. Any other name is a Hugging Face id or a directory,
+loaded with LoRA (or QLoRA) adapters from peft. Both are saved in the Hugging Face layout, so that plain
+`from_pretrained` opens a run directory.
+
+Three rules keep a multi-turn conversation exact (measured in transformers 5.23, see README):
+  1. Token ids from the sampler are the record: nothing is decoded and tokenised again.
+  2. Positions are always explicit, (3, B, T): time, height and width. A forward that infers them can be silently
+     wrong as soon as there is a cache or a second image.
+  3. Text from the outside (questions, model output, error messages) is encoded with special tokens disabled, and
+     special tokens other than end-of-turn are never sampled.
+
+    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
+
+    $ python model.py --base tiny          # what is in it: parameters by part, vocabulary, an example in tokens
+
+Read next: rollout.py.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+import data
+import env
+
+IM_START, IM_END, IMAGE_PAD = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+SPECIAL_TOKENS = ["<|endoftext|>", IM_START, IM_END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD,
+                  "<|video_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@dataclass
+class Protocol:
+    """What env.CropEnv needs to speak with this policy: its wording and the sizes of its views, in pixels."""
+    system_prompt: str = env.SYSTEM_PROMPT
+    observation_prompt: str = env.OBSERVATION_PROMPT
+    error_prompt: str = env.ERROR_PROMPT
+    min_pixels: int = 40_000
+    max_pixels: int = 2_000_000
+
+
+# ------------------------------------------------------------------------------------------------ the tiny policy
+
+TINY_PROTOCOL = Protocol("Search the picture.", "Observation {label}:", "That failed.",
+                         min_pixels=48 * 48, max_pixels=48 * 48)
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Bytes, plus one token for each phrase of the tiny policy's small world; any text is encoded, and decodes back."""
+    coordinates = sorted({str(v) for x in range(6) for v in data.cell_box((x, 0), 6)})
+    phrases = [
+        "system\n", "user\n", "assistant\n", "Search the picture.", "Observation ", "That failed.",
+        "What color is the ", "What number is on sign ", "shape left of the ", " with number ",
+        "<think>", "</think>", "<answer>", "</answer>", '<grounding>{"bbox_2d": [',
+        '], "source": "original_image"}</grounding>', '], "source": "observation_', '"}</grounding>',
+        "want ", ": see ", "nothing", ", ", "yes", "no", "read ", "next ", "try ", "guess",
+        *data.SHAPES, *data.COLORS, *(f"{color} " for color in data.COLORS), *coordinates, *(f"{c}, " for c in coordinates),
+        *(data.cell_name((x, y)) for y in range(6) for x in range(6))]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=IM_END, pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in (IM_END, "<|endoftext|>")],
+        clean_up_tokenization_spaces=False, model_max_length=32_768)
+
+
+def tiny_model(tokenizer, width: int = 128, layers: int = 4, vision_width: int = 64, vision_layers: int = 2):
+    """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in [
+        ("image_token_id", IMAGE_PAD), ("video_token_id", "<|video_pad|>"), ("vision_start_token_id", VISION_START),
+        ("vision_end_token_id", VISION_END)]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+            initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id),
+        vision_config=dict(
+            depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=4, patch_size=8,
+            spatial_merge_size=2, temporal_patch_size=1, window_size=64, out_hidden_size=width,
+            fullatt_block_indexes=list(range(vision_layers)), initializer_range=0.05),
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **ids)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    # Queries start equal to keys, so that every head first attends to what looks alike ("mimetic initialization",
+    # Trockman and Kolter 2023). Without it "is the thing seen the thing wanted?" stays a coin flip for 300 steps.
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            key = layer.self_attn.k_proj.weight.mul_(1.2).view(2, -1, width)                   # (kv heads, D, width)
+            layer.self_attn.q_proj.weight.copy_(key.repeat_interleave(2, 0).view(-1, width))   # two query heads each
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ attention of the tower
+
+def batched_windows(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
+    """Attention inside each window or image, windows of equal length in one call: (1, H, N, D) -> (1, N, H, D).
+
+    transformers' default path loops over the windows in Python, thousands of small calls for one large photograph.
+    Registered under a name that contains "flash", which is what makes the tower pass the window borders.
+    """
+    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+    starts_by_length: dict[int, list[int]] = {}
+    start = 0
+    for length in lengths:
+        starts_by_length.setdefault(length, []).append(start)
+        start += length
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))      # (N, H, D)
+    outputs, order = [], []
+    for length, starts in starts_by_length.items():
+        index = (torch.tensor(starts)[:, None] + torch.arange(length)).reshape(-1).to(query.device)
+        q, k, v = (t[index].view(len(starts), length, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)             # (windows, H, length, D)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        order.append(index)
+    return torch.cat(outputs)[torch.argsort(torch.cat(order))][None], None
+
+
+AttentionInterface.register("flash_batched_windows", batched_windows)
+
+
+# ------------------------------------------------------------------------------------------------ the policy
+
+@dataclass
+class Policy:
+    """A model with its tokenizer, image processor and protocol. Nothing here is trained or sampled; see below."""
+    model: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    image_processor: transformers.BaseImageProcessor
+    protocol: Protocol
+    name: str
+
+    def __post_init__(self):
+        self.base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+        config = self.base.config
+        self.merge = config.vision_config.spatial_merge_size
+        self.image_pad = config.image_token_id
+        self.im_start, self.im_end, self.vision_start, self.vision_end = self.tokenizer.convert_tokens_to_ids(
+            [IM_START, IM_END, VISION_START, VISION_END])
+        vocabulary = config.text_config.vocab_size                                # rows of lm_head, padding included
+        banned = [i for i in self.tokenizer.all_special_ids if i != self.im_end]
+        banned += range(len(self.tokenizer), vocabulary)
+        self.banned = torch.zeros(vocabulary, device=self.device)                 # (V,) added to every logit
+        self.banned[torch.tensor(banned, device=self.device)] = -math.inf
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # -- text and images in
+
+    def render(self, messages: list[dict], after_turn: bool = False) -> tuple[list[int], list[Image.Image]]:
+        """Chat messages -> (token ids with one `<|image_pad|>` per visual token, the views in order).
+
+        Control tokens are written here and only here; all text is encoded with special tokens disabled. An
+        assistant turn is open at the end. `after_turn`: the messages follow a sampled turn. Same layout as the
+        checkpoint's ChatML template (a test compares).
+        """
+        parts: list[int | str] = ["\n"] if after_turn else []          # what follows the end of a sampled turn
+        views = []
+        for message in messages:
+            parts += [self.im_start, f"{message['role']}\n"]
+            for part in message["content"]:
+                if part["type"] == "text":
+                    parts.append(part["text"])
+                else:
+                    views.append(part["image"])
+                    parts += [self.vision_start, *[self.image_pad] * self.visual_tokens(part["image"]), self.vision_end]
+            parts += [self.im_end, "\n"]
+        return self.encode_parts([*parts, self.im_start, "assistant\n"]), views
+
+    def encode_parts(self, parts: list[int | str]) -> list[int]:
+        """Ids stay as they are; neighbouring strings are joined before they are encoded, as a template would."""
+        ids: list[int] = []
+        text = ""
+        for part in [*parts, -1]:
+            if isinstance(part, str):
+                text += part
+                continue
+            ids += self.encode(text)
+            text = ""
+            ids.append(part)
+        return ids[:-1]
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids; "<|im_end|>" in the text becomes ordinary characters, never the control token."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def visual_tokens(self, view: Image.Image) -> int:
+        return self.image_processor.get_number_of_image_patches(view.height, view.width) // self.merge**2
+
+    def pixels(self, views: list[Image.Image]) -> dict[str, Tensor]:
+        """Views -> {"pixel_values": (patches, values), "image_grid_thw": (images, 3)}; {} without views."""
+        if not views:
+            return {}
+        batch = self.image_processor(images=views, return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"].to(self.device, self.base.dtype),
+                "image_grid_thw": batch["image_grid_thw"].to(self.device)}
+
+    # -- saving
+
+    def save(self, directory: Path) -> None:
+        """Writes model (or adapter), tokenizer, image processor and protocol in the Hugging Face layout."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        self.image_processor.save_pretrained(directory)
+        (Path(directory) / "protocol.json").write_text(json.dumps(asdict(self.protocol), indent=1))
+
+
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"    # never the tower
+
+
+def load_policy(name: str, *, adapter: str | None = None, quantize: str | None = None, lora_rank: int | None = None,
+                device: str | None = None, dtype: torch.dtype | None = None) -> Policy:
+    """Loads a policy, ready to sample and to train.
+
+    name: "tiny" (random weights from torch's generator), a Hugging Face id of the Qwen2.5-VL or Qwen3-VL family, or a
+    directory: a checkpoint, or a run of ours, adapter runs included. adapter: a peft directory to put on top.
+    quantize: "nf4" loads the language model in 4 bits (bitsandbytes). lora_rank: adds fresh LoRA adapters to the
+    language model and freezes all else; None trains every weight. device: default cuda if there is one. dtype:
+    default float32 on the CPU, bfloat16 on cuda. Raises data.UserError when there is nothing to load.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    directory = Path(name)
+    if name == "tiny":
+        tokenizer, protocol = tiny_tokenizer(), TINY_PROTOCOL
+        processor = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=1,
+                                                          min_pixels=16 * 16, max_pixels=1024 * 1024)
+        model = tiny_model(tokenizer).to(device, dtype or torch.float32)
+    else:
+        if (directory / "adapter_config.json").exists():
+            adapter, name = name, peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+        elif directory.exists() and not (directory / "config.json").exists():
+            raise data.UserError(f"{directory} holds no policy (neither config.json nor adapter_config.json)")
+        options = {"dtype": dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)}
+        if (directory / "protocol.json").exists() and not adapter:
+            options["dtype"] = dtype or torch.float32                  # a tiny run: small enough for full precision
+        if quantize == "nf4":
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["model.visual", "lm_head"])
+        elif quantize is not None:
+            raise data.UserError(f"quantize={quantize!r}: only 'nf4' is known")
+        try:
+            model = transformers.AutoModelForImageTextToText.from_pretrained(name, device_map={"": device}, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(name)
+        except OSError as error:
+            raise data.UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+        protocol = Protocol()
+        for place in (Path(adapter or name), Path(name)):
+            if (place / "protocol.json").exists():
+                protocol = Protocol(**json.loads((place / "protocol.json").read_text()))
+                break
+    model.set_attn_implementation({"vision_config": "flash_batched_windows"})
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    elif lora_rank:
+        model.requires_grad_(False)
+        config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+    return Policy(model, tokenizer, processor, protocol, name)
+
+
+# ------------------------------------------------------------------------------------------------ positions, log-probs
+
+def mrope_positions(ids: np.ndarray, grids: list[tuple[int, int, int]], image_pad: int, merge: int,
+                    start: int = 0) -> tuple[np.ndarray, int]:
+    """Three-axis rotary positions of a stretch of tokens: ((3, L), the position that comes next).
+
+    Text counts up on all three axes; an image of h x w visual tokens spreads over two of them and moves the count
+    on by max(h, w). `grids` are the (t, h, w) patches of the images in this stretch. Equal to `get_rope_index` of
+    transformers (a test compares), but it can go on from any turn: pass the returned position as `start`.
+    """
+    positions, images, i = np.empty((3, len(ids)), np.int64), iter(grids), 0
+    while i < len(ids):
+        if ids[i] == image_pad:
+            _, h, w = next(images)
+            h, w = h // merge, w // merge
+            y, x = np.divmod(np.arange(h * w), w)
+            positions[:, i:i + h * w] = start + np.stack([np.zeros_like(y), y, x])
+            i, start = i + h * w, start + max(h, w)
+        else:
+            stop = i
+            while stop < len(ids) and ids[stop] != image_pad:
+                stop += 1
+            positions[:, i:stop] = start + np.arange(stop - i)
+            i, start = stop, start + stop - i
+    return positions, start
+
+
+def sampled_logprobs(policy: Policy, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """Hidden states (..., D) -> log-probs (..., V) of the distribution that is sampled from: banned tokens out."""
+    logits = policy.base.get_output_embeddings()(hidden).float() + policy.banned
+    return F.log_softmax(logits / temperature, dim=-1)
+
+
+def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> Tensor:
+    """Log-probs (B, T) of the sampled tokens under the current weights, 0 where `assistant_mask` is 0.
+
+    Differentiable. Rows are padded on the right; causal attention makes padding harmless without a mask.
+    """
+    length = max(len(episode.token_ids) for episode in episodes)
+    ids = torch.zeros(len(episodes), length, dtype=torch.long)                       # (B, T)
+    sampled = torch.zeros(len(episodes), length, dtype=torch.bool)                   # (B, T)
+    positions = torch.zeros(3, len(episodes), length, dtype=torch.long)              # (3, B, T)
+    pixels = policy.pixels([view for episode in episodes for view in episode.views()])
+    grids = iter(pixels.get("image_grid_thw", torch.empty(0, 3)).tolist())
+    for row, episode in enumerate(episodes):
+        n = len(episode.token_ids)
+        ids[row, :n] = torch.as_tensor(episode.token_ids)
+        sampled[row, :n] = torch.as_tensor(episode.assistant_mask, dtype=torch.bool)
+        own = mrope_positions(np.asarray(episode.token_ids), grids, policy.image_pad, policy.merge)[0]
+        positions[:, row, :n] = torch.from_numpy(own)
+    ids, sampled, positions = (t.to(policy.device) for t in (ids, sampled, positions))
+    hidden = policy.base.model(input_ids=ids, position_ids=positions, use_cache=False, **pixels).last_hidden_state
+    before = F.pad(sampled[:, 1:], (0, 1))                                           # (B, T) a token is predicted one earlier
+    logprobs = sampled_logprobs(policy, hidden[before], temperature)                 # (N, V)
+    chosen = logprobs.gather(1, ids[sampled][:, None])[:, 0]                         # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(sampled, chosen)
+
+
+def micro_batches(episodes: list, budget: int) -> list[list]:
+    """Splits episodes, sorted by length, so that rows x longest row stays within `budget` tokens (a row always fits)."""
+    batches: list[list] = []
+    for episode in sorted(episodes, key=lambda e: len(e.token_ids)):
+        if not batches or (len(batches[-1]) + 1) * len(episode.token_ids) > budget:
+            batches.append([])
+        batches[-1].append(episode)
+    return batches

@@ -1,0 +1,376 @@
+"""Many multi-turn episodes at once; the KV cache is kept across turns, and finished episodes make room for new ones.
+
+    slot 0   [prompt, image][turn 1][observation 1][turn 2 ..>            each row writes at its own length,
+    slot 1   [prompt, image][turn 1][observation 1][turn 2][observation 2][turn 3 ..>
+    slot 2   [prompt, image][turn ..>                                     what lies beyond it is never attended to
+
+A loop of three steps: (1) free slots take the next episodes, whose prompts wait to be read; (2) when enough rows
+wait, their new tokens (a prompt, or an observation with its image) are read in one padded forward, each row going on
+where it stopped; (3) all other rows sample one token each. A row that samples end-of-turn hands its text to its
+CropEnv, which answers with an observation or ends the episode. Every image is encoded once, every token read once.
+
+    B rows of a batch, T tokens, V vocabulary, K cached keys
+
+    $ python rollout.py --image photo.jpg --question "What color is the star?"     # searches your photo, draws where
+
+Read next: train_sft.py.
+"""
+import random
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import data
+from env import Crop, CropEnv, ImageError, crop_pixels, fit_pixels, grade, load_image
+from model import Policy, load_policy, mrope_positions, sampled_logprobs
+
+
+@dataclass
+class Episode:
+    """One finished conversation, as token ids: the record that training reads.
+
+    token_ids, assistant_mask, logprobs: (T,) the whole conversation with `<|image_pad|>` expanded; the mask is True
+    where the policy sampled, its end-of-turn token included; logprobs are those of sampling, 0 elsewhere.
+    crops: the successful crops in order. turns: assistant messages. stop: one of env.STOPS. reward: 1.0 or 0.0.
+    """
+    probe: data.Probe
+    token_ids: np.ndarray
+    assistant_mask: np.ndarray
+    logprobs: np.ndarray
+    crops: list[Crop]
+    turns: int
+    stop: str
+    answer: str | None
+    reward: float
+    errors: list[str] = field(default_factory=list)
+    view_pixels: tuple[int, int] = (40_000, 2_000_000)     # min_pixels, max_pixels of the views
+
+    @property
+    def over_turn(self) -> bool:
+        """It still wanted to search when a limit on turns, images or context ended it: its outcome is unknown."""
+        return self.stop in ("over_turn", "over_images", "over_context")
+
+    def views(self) -> list[Image.Image]:
+        """The images as shown to the model, in order, made again from the probe and the crops."""
+        bank = [self.probe.open()]
+        for crop in self.crops:
+            source = bank[crop.source]
+            bank.append(source.crop(crop_pixels(source.size, crop.box)))
+        return [fit_pixels(image, *self.view_pixels) for image in bank]
+
+
+class Transcript:
+    """An episode in the making: its environment and its tokens so far. SFT and RL write their tokens through it."""
+
+    def __init__(self, policy: Policy, probe: data.Probe, max_turns: int, max_images: int | None):
+        p = policy.protocol
+        self.policy, self.probe = policy, probe
+        self.env = CropEnv(probe.open(), probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
+                           p.system_prompt, p.observation_prompt, p.error_prompt)
+        self.ids: list[int] = []
+        self.mask: list[bool] = []
+        self.logprobs: list[float] = []
+        self.turn_start = 0                        # index of the first token of the current assistant turn
+        self.stop: str | None = None
+        self.new_views = self.inject(self.env.reset())
+
+    def inject(self, messages: list[dict]) -> list[Image.Image]:
+        """Appends messages of the environment and opens an assistant turn; returns their views."""
+        ids, views = self.policy.render(messages, after_turn=bool(self.ids))
+        self.ids += ids
+        self.mask += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.turn_start = len(self.ids)
+        return views
+
+    def sample(self, token: int, logprob: float) -> None:
+        self.ids.append(token)
+        self.mask.append(True)
+        self.logprobs.append(logprob)
+
+    def end_turn(self, complete: bool, max_context: int) -> bool:
+        """Hands the turn's text to the environment; True if a new turn is open, with its views in `new_views`.
+
+        `complete` is False for a turn cut by the token limit: void. A reply of the environment that would reach
+        `max_context` tokens is taken back, and the episode ends over_context.
+        """
+        text = self.policy.decode(self.ids[self.turn_start:-1])
+        message, self.stop = self.env.step(text) if complete else (None, "void")
+        if self.stop:
+            return False
+        before = len(self.ids)
+        self.new_views = self.inject([message])
+        if len(self.ids) > max_context:
+            del self.ids[before:], self.mask[before:], self.logprobs[before:]
+            self.stop = "over_context"
+        return self.stop is None
+
+    def episode(self) -> Episode:
+        images = self.ids.count(self.policy.vision_start)
+        answer = self.env.answer if self.stop == "answer" else None
+        return Episode(
+            self.probe, np.array(self.ids, np.int64), np.array(self.mask, bool), np.array(self.logprobs, np.float32),
+            self.env.crops[:images - 1], self.env.turn, self.stop, answer,
+            grade(answer, self.probe.answer, self.probe.options), self.env.errors,
+            (self.policy.protocol.min_pixels, self.policy.protocol.max_pixels))
+
+
+def replay(policy: Policy, probe: data.Probe, texts: list[str]) -> Episode:
+    """A written trajectory as an episode: the same renderer and mask as a rollout, text in place of sampling."""
+    transcript = Transcript(policy, probe, max_turns=len(texts), max_images=None)
+    for text in texts:
+        for token in [*policy.encode(text), policy.im_end]:
+            transcript.sample(token, 0.0)
+        if not transcript.end_turn(True, max_context=1 << 30):
+            break
+    return transcript.episode()
+
+
+# ------------------------------------------------------------------------------------------------ the slot cache
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, (slots, H, S, D); `SlotCache.address` says which rows write, and where."""
+
+    def __init__(self, cache: "SlotCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        _, heads, _, dim = key_states.shape
+        shape = (self.cache.slots, heads, self.cache.capacity, dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=t.dtype, device=t.device) for t in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, columns, visible = self.cache.rows, self.cache.columns, self.cache.visible
+        self.keys[rows[:, None], :, columns] = key_states.transpose(1, 2)               # (B, q, H, D)
+        self.values[rows[:, None], :, columns] = value_states.transpose(1, 2)
+        keys, values = self.keys[:, :, :visible], self.values[:, :, :visible]
+        return (keys, values) if len(rows) == self.cache.slots else (keys[rows], values[rows])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.visible, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.visible
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlotCache(Cache):
+    """A KV cache of `slots` rows of unequal length. Padding is written too, and overwritten by the next write."""
+
+    def __init__(self, layers: int, slots: int):
+        self.slots, self.capacity, self.visible = slots, 0, 0
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+
+    def address(self, rows: Tensor, starts: Tensor, length: int) -> Tensor:
+        """The next forward writes `length` tokens of `rows` (B,) from `starts` (B,) on. Grows the cache if it must.
+
+        Returns the attention mask (B, 1, length, K): a token sees its own row up to itself. Either all slots in
+        order, or any few of them (whose keys are then copied for the forward).
+        """
+        self.rows = rows
+        self.columns = starts[:, None] + torch.arange(length, device=rows.device)      # (B, q)
+        self.visible = int(starts.max()) + length
+        if self.visible > self.capacity:
+            self.capacity = -(-self.visible // 256) * 256
+            for layer in self.layers:
+                if layer.is_initialized:
+                    room = (0, 0, 0, self.capacity - layer.keys.shape[2])
+                    layer.keys, layer.values = torch.nn.functional.pad(layer.keys, room), torch.nn.functional.pad(layer.values, room)
+        return torch.arange(self.visible, device=rows.device) <= self.columns[:, None, :, None]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all other slots; the kept ones are renumbered in order."""
+        self.slots = len(rows)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+# ------------------------------------------------------------------------------------------------ the rollout
+
+class Row:
+    """A slot's occupant: a transcript, how much of it the cache holds, and its own random numbers."""
+
+    def __init__(self, index: int, transcript: Transcript, seed: int):
+        self.index, self.transcript = index, transcript
+        self.cached, self.position = 0, 0              # tokens in the cache; the next rotary position
+        self.random = random.Random(f"rollout/{seed}/{index}")
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model has not seen yet: 1 in the middle of a turn, more when there is something to read."""
+        return len(self.transcript.ids) - self.cached
+
+
+@torch.no_grad()
+def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, max_turns: int = 6,
+            max_images: int | None = None, max_context: int = 32_768, max_turn_tokens: int = 1024,
+            temperature: float = 1.0, seed: int = 0, slots: int = 128, progress: str | None = None) -> list[Episode]:
+    """Plays `group_size` episodes per probe; those of one probe are adjacent in the result.
+
+    max_turns: assistant messages per episode. max_images: images in the bank, the original included; None = no limit.
+    max_context: tokens of a conversation before its last turn. max_turn_tokens: a longer turn is cut, and void.
+    temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
+    depend on `slots`. progress: a label for a progress bar. Raises ValueError for a prompt beyond max_context.
+    """
+    queue = deque((i, probe) for i, probe in enumerate(p for p in probes for _ in range(group_size)))
+    slots = min(slots, len(queue))
+    rows: list[Row | None] = [None] * slots
+    cache = SlotCache(policy.base.config.text_config.num_hidden_layers, slots)
+    episodes: list[Episode | None] = [None] * len(queue)
+    bar = tqdm(total=len(queue), desc=progress, disable=progress is None, leave=False)
+    while True:
+        for slot, row in enumerate(rows):
+            if row is None and queue:
+                index, probe = queue.popleft()
+                rows[slot] = Row(index, Transcript(policy, probe, max_turns, max_images), seed)
+                if rows[slot].unread > max_context:
+                    raise ValueError(f"a prompt of {rows[slot].unread} tokens exceeds max_context={max_context}")
+        live = [slot for slot, row in enumerate(rows) if row]
+        if not live:
+            bar.close()
+            return episodes
+        if len(live) <= len(rows) // 2:                        # the last searches: carry no empty slots along
+            cache.keep(torch.tensor(live, device=policy.device))
+            rows, live = [rows[slot] for slot in live], list(range(len(live)))
+        reading = [slot for slot in live if rows[slot].unread > 1]
+        turn = [slot for slot in live if rows[slot].unread == 1]
+        if reading and len(reading) >= len(turn) / 2:          # let readers gather: a forward costs much, a row little
+            turn = reading
+        logprobs = _forward(policy, cache, rows, turn, temperature)                        # (B, V)
+        for slot, token, logprob in zip(turn, *_sample(logprobs, [rows[s].random.random() for s in turn], temperature)):
+            transcript = rows[slot].transcript
+            transcript.sample(token, logprob)
+            complete = token == policy.im_end
+            if complete or len(transcript.ids) - transcript.turn_start >= max_turn_tokens:
+                if not transcript.end_turn(complete, max_context):
+                    episodes[rows[slot].index] = transcript.episode()
+                    rows[slot] = None
+                    bar.update()
+
+
+def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: list[int], temperature: float) -> Tensor:
+    """Reads the unread tokens of the slots in `turn`; log-probs (B, V) of what comes next in each of them."""
+    length = max(rows[slot].unread for slot in turn)
+    whole = length == 1 and len(turn) > len(rows) // 2          # one token each: idle slots go along, nothing is copied
+    batch = list(range(len(rows))) if whole else turn
+    ids = np.zeros((len(batch), length), np.int64)
+    positions = np.zeros((3, len(batch), length), np.int64)
+    starts = [rows[slot].cached if rows[slot] else 0 for slot in batch]
+    views = []
+    for slot in turn:
+        if rows[slot].unread > 1:
+            views += rows[slot].transcript.new_views
+    pixels = policy.pixels(views)
+    grids = iter(pixels["image_grid_thw"].tolist() if pixels else [])
+    for slot in turn:
+        row, i = rows[slot], slot if whole else turn.index(slot)
+        new = np.array(row.transcript.ids[row.cached:])
+        ids[i, :len(new)] = new
+        positions[:, i, :len(new)], row.position = mrope_positions(new, grids, policy.image_pad, policy.merge, row.position)
+        row.cached += len(new)
+    to = policy.device
+    mask = cache.address(torch.tensor(batch, device=to), torch.tensor(starts, device=to), length)
+    hidden = policy.base.model(
+        input_ids=torch.from_numpy(ids).to(to), position_ids=torch.from_numpy(positions).to(to),
+        attention_mask={"full_attention": mask}, past_key_values=cache, use_cache=True, **pixels).last_hidden_state
+    last = [rows[slot].cached - starts[slot if whole else i] - 1 for i, slot in enumerate(turn)]
+    picked = torch.tensor([slot if whole else i for i, slot in enumerate(turn)], device=to)
+    return sampled_logprobs(policy, hidden[picked, torch.tensor(last, device=to)], temperature or 1.0)
+
+
+def _sample(logprobs: Tensor, uniform: list[float], temperature: float) -> tuple[list[int], list[float]]:
+    """One token per row of (B, V) by inverting the cumulative distribution at `uniform`, and its log-prob."""
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)                                                     # (B,)
+    else:
+        cumulative = logprobs.double().exp().cumsum(-1)                                  # (B, V)
+        level = torch.tensor(uniform, dtype=torch.float64, device=logprobs.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
+    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ reading an episode
+
+def messages(policy: Policy, episode: Episode) -> list[str]:
+    """The assistant messages of an episode as text, in order."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], episode.assistant_mask.astype(np.int8), [0]])))
+    return [policy.decode(episode.token_ids[start:stop]).removesuffix("<|im_end|>")
+            for start, stop in zip(edges[::2], edges[1::2])]
+
+
+def describe(policy: Policy, episode: Episode) -> str:
+    """One readable trajectory: the question, each message, the stop and the reward."""
+    lines = [f"  | {episode.probe.question}  (answer: {episode.probe.answer})"]
+    lines += [f"  | {i}. {text}" for i, text in enumerate(messages(policy, episode), 1)]
+    return "\n".join([*lines, f"  | stop: {episode.stop}  answer: {episode.answer}  reward {episode.reward:.0f}"])
+
+
+def boxes_in_original(episode: Episode) -> list[tuple[float, float, float, float]]:
+    """Each crop's box in the frame of the original image, xyxy relative; a crop of a crop is composed."""
+    frames = [(0.0, 0.0, 1.0, 1.0)]
+    for crop in episode.crops:
+        left, top, right, bottom = frames[crop.source]
+        x0, y0, x1, y1 = crop.box
+        w, h = right - left, bottom - top
+        frames.append((left + x0 * w, top + y0 * h, left + x1 * w, top + y1 * h))
+    return frames[1:]
+
+
+def draw_search(episode: Episode, side: int = 900) -> Image.Image:
+    """The image with every look drawn on it, numbered in order, from yellow to red; longest side `side` pixels."""
+    image = episode.probe.open()
+    scale = side / max(image.size)
+    picture = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    draw = ImageDraw.Draw(picture)
+    boxes = boxes_in_original(episode)
+    for i, (x0, y0, x1, y1) in enumerate(boxes, 1):
+        color = (255, round(220 * (1 - i / len(boxes))), 0)
+        draw.rectangle((x0 * picture.width, y0 * picture.height, x1 * picture.width - 1, y1 * picture.height - 1),
+                       outline=color, width=3)
+        draw.text((x0 * picture.width + 6, y0 * picture.height + 3), str(i), fill=color, font_size=20)
+    return picture
+
+
+@dataclass(frozen=True)
+class Config:
+    image: Path                        # a photograph, or any picture
+    question: str                      # what to find out
+    init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
+    out: Path = Path("runs/search.png")  # where it looked
+    max_turns: int = 32                # assistant messages
+    temperature: float = 1.0           # 0 takes the most likely token
+    max_turn_tokens: int = 1024        # a longer message is cut, and the search ends
+    seed: int = 0
+    device: str | None = None          # default: cuda if there is one
+
+
+def main(cfg: Config) -> None:
+    probe = data.Probe(load_image(cfg.image), cfg.question, answer="")
+    policy = load_policy(str(cfg.init), device=cfg.device)
+    episode, = rollout(policy, [probe], max_turns=cfg.max_turns, temperature=cfg.temperature, seed=cfg.seed,
+                       max_turn_tokens=cfg.max_turn_tokens)
+    for i, text in enumerate(messages(policy, episode), 1):
+        print(f"{i:2d}. {text}")
+    print(f"stop: {episode.stop}   answer: {episode.answer}")
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_search(episode).save(cfg.out)
+    print(f"where it looked: {cfg.out}")
+
+
+if __name__ == "__main__":
+    data.command(main, Config)

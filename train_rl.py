@@ -1,0 +1,223 @@
+"""GRPO with the over-turn mask: a policy trained with few turns learns to go on searching for many (paper, section 3.3).
+
+GRPO, but: (1) no KL term, no reference policy, no entropy bonus; (2) the clip is wider above than below (DAPO's
+clip-higher); (3) a group of equal rewards teaches nothing, is dropped, and another question takes its place;
+(4) a rollout that ran into a limit still searching is neither rewarded nor punished: its outcome is unknown, and a
+punishment would teach to guess before the limit. (4) is the idea of the paper; look for `over_turn` below.
+
+    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
+
+    $ python train_rl.py                                   # runs/sft -> runs/rl
+    $ python train_rl.py --over_turn zero_reward --out runs/rl_zero      # the ablation: running out of turns is failure
+
+Read next: eval.py.
+"""
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from env import STOPS
+from model import load_policy, micro_batches, token_logprobs
+from rollout import Episode, describe, rollout
+from train_sft import load_run, log, open_run, peak_gb, save_run, stop_on_signal
+
+
+@dataclass(frozen=True)
+class Config:
+    init: Path = Path("runs/sft")      # the policy to start from: a run directory of train_sft.py
+    out: Path = Path("runs/rl")        # run directory
+    seed: int = 0                      # questions and sampling
+    steps: int = 60                    # rollout phases
+    questions: int = 24                # Q, groups with spread per step
+    group_size: int = 8                # G, rollouts per question
+    updates: int = 2                   # optimizer steps per rollout phase, each on its share of the questions
+    max_rounds: int = 3                # rollout rounds per step to find Q groups with spread
+    lr: float = 1e-4                   # constant (AdamW)
+    grad_clip: float = 1.0             # largest gradient norm
+    clip_low: float = 0.2              # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.3
+    over_turn: Literal["mask", "zero_reward"] = "mask"   # what a rollout teaches that ran into a limit
+    baseline: Literal["all", "completed"] = "all"        # rollouts in the mean and std of their group
+    denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
+    kinds: tuple[str, ...] = data.PROBE_KINDS
+    difficulties: tuple[str, ...] = ("medium", "hard", "hard")  # drawn evenly
+    max_turns: int = 6                 # assistant messages per rollout: 5 crops and an answer
+    max_images: int = 12               # images per rollout, the original included
+    max_context: int = 8192            # tokens per rollout before its last turn
+    max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void
+    temperature: float = 1.0
+    train_vision: bool = False         # train the vision tower too
+    micro_tokens: int = 16384          # tokens per training forward, padding included
+    slots: int = 192                   # rollouts at once
+    show_every: int = 10               # steps between two printed rollouts
+    save_every: int = 20               # steps
+    device: str | None = None          # default: cuda if there is one
+    resume: bool = False               # go on from the last checkpoint in `out`
+
+    def __post_init__(self):
+        if self.questions % self.updates:
+            raise ValueError(f"--questions {self.questions} is not a multiple of --updates {self.updates}")
+
+
+# ------------------------------------------------------------------------------------------------ the maths
+
+def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """Rewards (Q, G) -> advantages (Q, G): (r - mean) / (unbiased std + eps) within each group.
+
+    A group of equal rewards gives exact zeros. Source: GRPO; eps and the unbiased std as in the reference code
+    (verl/trainer/ppo/core_algos.py:145).
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])).round(decimals=3).tolist()
+    [[1.5, -0.5, -0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
+    """
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)          # (Q, 1) each
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)                         # (Q, 1)
+    return torch.where(equal, torch.zeros_like(rewards), (rewards - mean) / (std + eps))
+
+
+def completed_advantages(rewards: Tensor, over_turn: Tensor, eps: float = 1e-6) -> Tensor:
+    """The ablation of decision (a): mean and std over the completed rollouts of each group only; 0 for the others."""
+    rows = [torch.zeros_like(row) for row in rewards]
+    for row, reward, over in zip(rows, rewards, over_turn):
+        if int((~over).sum()) > 1:
+            row[~over] = group_advantages(reward[~over][None], eps)[0]
+    return torch.stack(rows)
+
+
+def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, assistant_mask: Tensor, over_turn: Tensor, *,
+              clip_low: float = 0.2, clip_high: float = 0.3, denominator: int | None = None) -> Tensor:
+    """The clipped objective of GRPO, with the over-turn mask: a scalar to minimise.
+
+    logp, old_logp: (B, T) log-probs of the tokens now and when they were sampled. advantages: (B,).
+    assistant_mask: (B, T), True where the policy sampled. over_turn: (B,), True for rollouts that a limit ended.
+    denominator: rows that count in the whole optimizer step; default: those of this call that are not over-turn.
+    Changes none of its inputs. Each row is the mean over its sampled tokens (reference: dp_actor.py:394).
+    """
+    assert logp.shape == old_logp.shape == assistant_mask.shape, (logp.shape, old_logp.shape, assistant_mask.shape)
+    sampled = assistant_mask.bool()                                                  # (B, T)
+    trained = sampled & ~over_turn.bool()[:, None]                                   # (B, T) the over-turn mask
+    if denominator is None:
+        denominator = max(1, int((~over_turn.bool()).sum()))
+    log_ratio = torch.where(trained, logp - old_logp, 0.0)                           # (B, T) 0 where nothing is trained
+    ratio = torch.exp(log_ratio)                                                     # (B, T) policy now / when sampled
+    gain = ratio * advantages[:, None]                                               # (B, T)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]         # (B, T)
+    objective = torch.where(trained, torch.minimum(gain, clipped), 0.0)              # (B, T)
+    per_row = objective.sum(1) / sampled.sum(1).clamp(min=1)                         # (B,)
+    return -per_row.sum() / denominator
+
+
+# ------------------------------------------------------------------------------------------------ one step's rollouts
+
+def gather_groups(cfg: Config, policy, step: int) -> tuple[list[list[Episode]], list[list[Episode]]]:
+    """(groups with spread, at most Q; every group that was rolled out). Groups of equal rewards are replaced."""
+    rng = random.Random(f"rl/{cfg.seed}/{step}")
+    probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+    kept, rolled = [], []
+    for _ in range(cfg.max_rounds):
+        asked = [next(probes) for _ in range(cfg.questions - len(kept))]
+        episodes = rollout(policy, asked, group_size=cfg.group_size, max_turns=cfg.max_turns, max_images=cfg.max_images,
+                           max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
+                           temperature=cfg.temperature, seed=rng.getrandbits(48), slots=cfg.slots)
+        groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
+        rolled += groups
+        kept += [group for group in groups if len({episode.reward for episode in group}) > 1]
+        if len(kept) == cfg.questions:
+            break
+    return kept, rolled
+
+
+def padded(episodes: list[Episode], values: str, device) -> Tensor:
+    """One field of the episodes, `logprobs` or `assistant_mask`, as (B, T), padded on the right with 0."""
+    rows = [torch.from_numpy(getattr(episode, values)) for episode in episodes]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+
+
+def main(cfg: Config) -> None:
+    torch.manual_seed(cfg.seed)
+    policy = load_policy(str(cfg.init), device=cfg.device)
+    policy.base.model.visual.requires_grad_(cfg.train_vision)
+    open_run(cfg, cfg.resume, policy.name)
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
+    stop = stop_on_signal()
+    for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="GRPO"):
+        began = time.time()
+        groups, rolled = gather_groups(cfg, policy, step)                            # roll out
+        everything = [episode for group in rolled for episode in group]
+        rolled_at = time.time()
+
+        rewards = torch.tensor([[e.reward for e in group] for group in groups]).view(-1, cfg.group_size)      # (Q, G)
+        over_turn = torch.tensor([[e.over_turn for e in group] for group in groups]).view(-1, cfg.group_size)  # (Q, G)
+        # Three decisions. Paper: section 3.3. Reference code: core_algos.py:145, dp_actor.py:322 and :394.
+        # (a) Do over-turn rollouts enter the mean and std of their group? Paper and code: yes, with reward 0. So do we.
+        advantages = (group_advantages(rewards) if cfg.baseline == "all"                                      # (Q, G)
+                      else completed_advantages(rewards, over_turn))
+        # (b) Which tokens are trained? Paper and code: the sampled ones of rollouts that are not over-turn. So do we.
+        masked = over_turn if cfg.over_turn == "mask" else torch.zeros_like(over_turn)                        # (Q, G)
+        # (c) What is the loss divided by? Paper: the rollouts that count. Code: all of them. We follow the paper.
+        counted = ~masked if cfg.denominator == "completed" else torch.ones_like(masked)                      # (Q, G)
+
+        norms, clipped_tokens, trained_tokens = [], 0, 0
+        share = -(-len(groups) // cfg.updates) or 1
+        for first in range(0, len(groups), share):
+            chosen = range(first, min(first + share, len(groups)))
+            rows = {id(e): (q, g) for q in chosen for g, e in enumerate(groups[q])}
+            denominator = max(1, int(counted[first:first + share].sum()))            # of the whole optimizer step
+            used = [e for q in chosen for g, e in enumerate(groups[q]) if not masked[q, g] and advantages[q, g] != 0]
+            for batch in micro_batches(used, cfg.micro_tokens):
+                at = tuple(torch.tensor([rows[id(e)] for e in batch]).T)
+                logp = token_logprobs(policy, batch, cfg.temperature)                # (B, T)
+                old_logp = padded(batch, "logprobs", policy.device)                  # (B, T)
+                sampled = padded(batch, "assistant_mask", policy.device)             # (B, T)
+                loss = grpo_loss(logp, old_logp, advantages[at].to(policy.device), sampled, masked[at].to(policy.device),
+                                 clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=denominator)
+                loss.backward()
+                ratio = torch.exp(logp.detach() - old_logp)[sampled]
+                clipped_tokens += int(((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum())
+                trained_tokens += int(sampled.sum())
+            norms.append(torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip).item())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        mean = lambda values: sum(values) / max(1, len(values))
+        nll = -sum(float(e.logprobs.sum()) for e in everything)
+        sampled_tokens = sum(int(e.assistant_mask.sum()) for e in everything)
+        metrics = {
+            "step": step + 1, "reward": mean([e.reward for e in everything]),
+            **{f"stop/{name}": mean([e.stop == name for e in everything]) for name in STOPS},
+            "wrong": mean([e.stop == "answer" and e.reward == 0 for e in everything]),
+            "turns": mean([e.turns for e in everything]), "crops": mean([len(e.crops) for e in everything]),
+            "errors": mean([len(e.errors) for e in everything]),
+            "groups/rolled": len(rolled), "groups/trained": len(groups),
+            "groups/zero_spread": mean([len({e.reward for e in group}) == 1 for group in rolled]),
+            "clip_fraction": clipped_tokens / max(1, trained_tokens), "entropy": nll / max(1, sampled_tokens),
+            "grad_norm": mean(norms), "trained_tokens": trained_tokens,
+            "time/rollout": rolled_at - began, "time/step": time.time() - began,
+            "tokens_per_second": sampled_tokens / (rolled_at - began), "memory_gb": peak_gb()}
+        log(cfg.out, metrics)
+        tqdm.write(f"step {step + 1:3d}  reward {metrics['reward']:.2f}  wrong {metrics['wrong']:.2f}  "
+                   f"over-turn {metrics['stop/over_turn']:.2f}  void {metrics['stop/void']:.2f}  turns {metrics['turns']:.1f}  "
+                   f"entropy {metrics['entropy']:.3f}  clip {metrics['clip_fraction']:.3f}  grad {metrics['grad_norm']:.2f}  "
+                   f"{metrics['time/rollout']:.1f} + {metrics['time/step'] - metrics['time/rollout']:.1f} s")
+        if step % cfg.show_every == 0 and groups:
+            tqdm.write(describe(policy, groups[0][0]) + f"  advantage {advantages[0, 0]:+.2f}")
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_run(cfg.out, policy, optimizer, step + 1)
+        if stop:
+            tqdm.write(f"stopped after step {step + 1}; go on with: python train_rl.py --resume --out {cfg.out}")
+            return
+    print(f"saved in {cfg.out}; next: python eval.py --init {cfg.out}")
+
+
+if __name__ == "__main__":
+    data.command(main, Config)

@@ -1,0 +1,207 @@
+"""Cold start: a policy learns to search by imitating trajectories that ended well (paper, section 3.2).
+
+Next-token cross-entropy, but only on assistant tokens: what the environment wrote is never trained on. Two phases,
+one loss. The tiny policy, which has never seen a picture, first looks at single plates (warm-up: what is on it, is
+it the one?); then whole searches. Real bases skip the warm-up. Batches are drawn afresh at every step.
+
+    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
+
+    $ python train_sft.py                      # tiny, from random weights -> runs/sft
+    $ python train_sft.py --seed 1 --out runs/sft1
+    $ python train_sft.py --resume             # goes on where runs/sft stopped
+
+Read next: train_rl.py.
+"""
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+from tqdm import tqdm
+
+import data
+from model import Policy, load_policy, micro_batches, token_logprobs
+from rollout import Episode, replay
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = "tiny"                 # "tiny", a Hugging Face id, or a directory
+    out: Path = Path("runs/sft")       # run directory
+    seed: int = 0                      # weights and data
+    steps: int = 600                   # optimizer steps, warm-up included
+    warmup_steps: int = 150            # of them on single plates: perception first
+    warmup_batch: int = 64             # single plates per step
+    batch: int = 32                    # trajectories per step
+    lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0             # largest gradient norm
+    kinds: tuple[str, ...] = data.PROBE_KINDS
+    difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
+    trial_share: float = 0.15          # trial-and-error searches; the rest are depth-first
+    impatience: float = 0.06           # chance of a guess after the n-th miss is n times this
+    patient_share: float = 0.25        # searches that never guess, however long
+    slip: float = 0.04                 # chance of a look at an empty place
+    max_turns: int = 32                # longest trajectory
+    micro_tokens: int = 8192           # tokens per forward, padding included
+    save_every: int = 100              # steps
+    device: str | None = None          # default: cuda if there is one
+    resume: bool = False               # go on from the last checkpoint in `out`
+
+
+def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
+    """The episodes of one step; depends on the seed and the step alone, so that a resumed run sees the same."""
+    rng = random.Random(f"sft/{cfg.seed}/{step}")
+    if step < cfg.warmup_steps:
+        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), grid=1, candidates=1)
+        looks = [next(probes) for _ in range(cfg.warmup_batch)]
+        return [replay(policy, probe, data.look_script(probe)) for probe in looks]
+    probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+    searches = data.cold_start(probes, rng.getrandbits(48), trial_share=cfg.trial_share, impatience=cfg.impatience,
+                               patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns)
+    return [replay(policy, search.probe, search.texts) for search, _ in zip(searches, range(cfg.batch))]
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear rise over 20 steps, then a cosine down to a tenth of the peak at the last step."""
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / cfg.steps)).item())
+    return cfg.lr * min(1.0, (step + 1) / 20) * (0.1 + 0.9 * cosine)
+
+
+# ------------------------------------------------------------------------------------------------ run directories
+
+def open_run(cfg, resume: bool, policy_name: str) -> None:
+    """Makes the run directory and writes run.json: configuration, commit and versions. ValueError if it is taken."""
+    taken = (cfg.out / "state.pt").exists() or (cfg.out / "metrics.jsonl").exists()
+    if resume and not (cfg.out / "state.pt").exists():
+        raise data.UserError(f"--resume: no checkpoint in {cfg.out}; run without --resume first")
+    if taken and not resume:
+        raise data.UserError(f"{cfg.out} holds a run already: pass --resume to go on, or another --out")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items() if k not in ("resume", "device")}
+    settings = json.loads(json.dumps(settings))
+    if resume:
+        before = json.loads((cfg.out / "run.json").read_text())["config"]
+        changed = [k for k in settings if settings[k] != before.get(k)]
+        if [k for k in changed if k != "steps"]:
+            raise data.UserError(f"--resume: {cfg.out} was started with another " + ", ".join(
+                f"{k} ({before.get(k)}, now {settings[k]})" for k in changed))
+        return
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    about = {"config": settings, "commit": git.stdout.strip() or None, "python": platform.python_version(),
+             "torch": torch.__version__, "transformers": transformers.__version__, "policy": policy_name}
+    write_atomic(cfg.out / "run.json", json.dumps(about, indent=1).encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Saves what an exact resume needs (state.pt, one file, replaced whole), then the Hugging Face layout beside it."""
+    trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+    torch.save({"step": step, "weights": trained, "optimizer": optimizer.state_dict()}, out / "state.pt.tmp")
+    os.replace(out / "state.pt.tmp", out / "state.pt")
+    policy.save(out)
+
+
+def load_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+    """Loads weights and optimizer of the last checkpoint; returns the number of steps done, and forgets later metrics."""
+    state = torch.load(out / "state.pt", map_location=policy.device, weights_only=True)
+    policy.model.load_state_dict(state["weights"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    lines = (out / "metrics.jsonl").read_text().splitlines()[:state["step"]]
+    write_atomic(out / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    return state["step"]
+
+
+def stop_on_signal() -> list:
+    """Ctrl-C and SIGTERM ask for a stop after the current step: the returned list is then not empty."""
+    asked: list = []
+
+    def ask(number, _frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print(f"\nstopping after this step (again to stop at once)", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return asked
+
+
+def peak_gb() -> float:
+    """Peak memory in GB: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def log(out: Path, metrics: dict) -> None:
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(metrics) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def main(cfg: Config) -> None:
+    torch.manual_seed(cfg.seed)
+    policy = load_policy(cfg.base, device=cfg.device)
+    open_run(cfg, cfg.resume, policy.name)
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
+    stop = stop_on_signal()
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="cold start")
+    for step in bar:
+        began = time.time()
+        episodes = draw_batch(cfg, policy, step)
+        drawn = time.time()
+
+        denominator = sum(int(episode.assistant_mask.sum()) for episode in episodes)   # of the whole step, counted once
+        loss = 0.0
+        for batch in micro_batches(episodes, cfg.micro_tokens):
+            part = -token_logprobs(policy, batch).sum() / denominator     # token_logprobs is 0 off the assistant mask
+            part.backward()
+            loss += part.item()
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        metrics = {"step": step + 1, "phase": "warm-up" if step < cfg.warmup_steps else "search", "loss": loss,
+                   "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": denominator,
+                   "turns": sum(e.turns for e in episodes) / len(episodes), "time/draw": drawn - began,
+                   "time/step": time.time() - began, "memory_gb": peak_gb()}
+        log(cfg.out, metrics)
+        if step % 10 == 9:
+            tqdm.write(f"step {step + 1:4d}  {metrics['phase']:7s}  loss {loss:.3f}  grad {norm:.2f}  "
+                       f"turns {metrics['turns']:.1f}  {metrics['time/step']:.2f} s (drawing {metrics['time/draw']:.2f})")
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_run(cfg.out, policy, optimizer, step + 1)
+        if stop:
+            tqdm.write(f"stopped after step {step + 1}; go on with: python train_sft.py --resume --out {cfg.out}")
+            return
+    print(f"saved in {cfg.out}; next: python train_rl.py --init {cfg.out}")
+
+
+if __name__ == "__main__":
+    data.command(main, Config)
