@@ -6,11 +6,11 @@ painted on it and asks for something else on it, so the K plates must be tried o
 (K + 1) / 2, the difficulty dial. The K answers are exactly balanced (K is a multiple of the four possible
 answers), so that knowing the colours of all plates, but not which is which, is worth nothing: chance is 25 %.
 
-    kind         on a plate            question                                     answer
-    attribute    a coloured shape      What color is the star?                      red, green, blue, yellow
-    sign         a letter, a digit     What number is on sign K?                    2, 4, 7, 9
-    conjunction  a shape, a digit      What color is the star with number 7?        a colour
-    relation     two shapes            What color is the shape left of the star?    a colour
+    kind         on a plate             question                                 answer
+    attribute    a shape, a letter      What color is the tag with the star?     red, green, blue, yellow
+    sign         a letter, a digit      What number is on sign K?                2, 4, 7, 9
+    conjunction  a shape, a digit       What color is the tag with star and 7?   a colour
+    relation     a digit and a shape    What number is left of the star?         a digit
 
 A scripted searcher, which knows the scene, plays probes through env.CropEnv and leaves the cold-start
 trajectories: depth-first and trial-and-error searches, the goal restated at every look, slips that it notices,
@@ -18,15 +18,20 @@ and an impatience that grows with every miss. Only those that end correct are ke
 
     $ python data.py --out probes --count 100                     # draw probes: probes.jsonl, images/, sheet.png
     $ python data.py --out probes --backgrounds ~/photos          # the same, on your own photographs
+    $ python data.py --check probes                               # what load_probes makes of a set, any format
 
 Read next: model.py.
 """
 import functools
+import io
+import itertools
 import json
 import math
+import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,13 +40,13 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import Crop, CropEnv, ImageError, format_action, grade, load_image
+from env import Crop, CropEnv, ImageError, fit_pixels, format_action, grade, load_image
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {                       # our own definition: look-alikes, glyph height in cells, background contrast
-    "easy": ((4,), 0.40, 20),
-    "medium": ((8,), 0.36, 40),
-    "hard": ((12, 16, 20, 24), 0.34, 60),
+    "easy": ((4,), 0.42, 20),
+    "medium": ((8,), 0.42, 40),
+    "hard": ((12, 16, 20, 24), 0.42, 60),
 }
 COLORS = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (236, 190, 20)}
 SHAPES = ("star", "ring", "cross", "triangle", "square", "heart")
@@ -67,12 +72,13 @@ def command(main: Callable, config: type) -> None:
 class Probe:
     """One visual-search question.
 
-    image: PIL RGB image, or the path of one. question: text without any image placeholder.
+    image: PIL RGB image, the path of one, or a function that draws it when it is first opened.
+    question: text without any image placeholder.
     answer: the right answer, or the right letter when `options` is {letter: text}; a list means aliases.
     boxes: gold boxes, xyxy relative to the image (width = height = 1), one per look that the answer needs.
     source: the published row's `data_source`, or the probe kind. meta: whatever else is known (scene, ids).
     """
-    image: Image.Image | str
+    image: Image.Image | str | Callable[[], Image.Image]
     question: str
     answer: str | list[str]
     options: dict[str, str] | None = None
@@ -83,6 +89,8 @@ class Probe:
 
     def open(self) -> Image.Image:
         """The image as upright RGB; ImageError names the file if it cannot be read."""
+        if callable(self.image):
+            self.image = self.image()
         return self.image if isinstance(self.image, Image.Image) else load_image(self.image)
 
     def prompt(self) -> str:
@@ -109,21 +117,42 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
     return [(.06, .06), (.94, .06), (.94, .94), (.06, .94)]
 
 
-@functools.lru_cache(maxsize=4096)
-def _sprite(name: str, color: tuple[int, int, int], size: int) -> Image.Image:
-    """A shape or a glyph, `size` pixels high, on transparent ground; drawn large and reduced, so edges are soft."""
+@functools.lru_cache(maxsize=256)
+def _ink(name: str, size: int) -> np.ndarray:
+    """How dark a shape or glyph is, (size, size) in 0..1; drawn large and reduced, so that edges are soft."""
     big = 8 * size
-    sprite = Image.new("RGBA", (big, big), (*color, 0))
-    draw = ImageDraw.Draw(sprite)
+    ink = Image.new("L", (big, big))
+    draw = ImageDraw.Draw(ink)
+    line = big // 7                                         # outlines: a filled shape has little left once corrected
     if name == "ring":
-        draw.ellipse((0, 0, big - 1, big - 1), outline=(*color, 255), width=big // 4)
+        draw.ellipse((0, 0, big - 1, big - 1), outline=255, width=line)
     elif name in SHAPES:
-        draw.polygon([(x * big, y * big) for x, y in _polygon(name)], fill=(*color, 255))
+        corners = [(line / 2 + x * (big - line), line / 2 + y * (big - line)) for x, y in _polygon(name)]
+        draw.line(corners + corners[:2], fill=255, width=line, joint="curve")
     else:
         font = ImageFont.load_default(size=big * 1.3)       # cap height is about 0.7 of the font size
-        draw.text((big / 2, big / 2), name, fill=(*color, 255), font=font, anchor="mm",
-                  stroke_width=big // 24, stroke_fill=(*color, 255))
-    return sprite.resize((size, size), Image.Resampling.LANCZOS)
+        draw.text((big / 2, big / 2), name, fill=255, font=font, anchor="mm", stroke_width=big // 24)
+    return np.asarray(ink.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
+
+
+@functools.lru_cache(maxsize=1024)
+def _sprite(name: str, size: int, blur_pixels: float) -> Image.Image:
+    """A shape or a glyph, `size` pixels high, on transparent ground, that vanishes under a blur of `blur_pixels`.
+
+    Plain drawings do not: a matched filter reads a 2.7-pixel glyph in the overview without error (bench_probes.py).
+    So the ink is corrected until, blurred, it equals the mean of all glyphs: vanishing optotypes (Howland, Ginsburg
+    and Campbell 1978). The edges stay, and a crop shows them.
+    """
+    goal = np.mean([_ink(glyph, size) for glyph in SHAPES + LETTERS + DIGITS], axis=0)
+    at = np.arange(size)
+    blur = np.exp(-0.5 * ((at[:, None] - at) / blur_pixels) ** 2)
+    blur /= blur.sum(1, keepdims=True)
+    ink = _ink(name, size)
+    for _ in range(80):
+        ink = np.clip(ink + blur @ (goal - ink) @ blur.T, 0, 1)
+    sprite = Image.new("RGBA", (size, size), INK)
+    sprite.putalpha(Image.fromarray(np.uint8(255 * ink)))
+    return sprite
 
 
 def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
@@ -156,37 +185,37 @@ def _other(values: tuple[str, ...], not_this: str, rng: random.Random) -> str:
     return rng.choice([value for value in values if value != not_this])
 
 
-def _scene(kind: str, count: int, rng: random.Random) -> tuple[str, list[dict], list[tuple], int | None]:
+def _scene(kind: str, count: int, rng: random.Random) -> tuple[str, list[dict], list[tuple], int]:
     """(question, items, checks, reads): what is painted on each of `count` plates, items[0] being the target.
 
-    An item is {"parts": [(name, color name or None), ...], "answer": str}. Answers are balanced exactly; the other
-    parts make the target unique, and look-alikes share one of them with it where the kind allows. `checks`, (part
-    index, wanted name) pairs, tell the target from the others; then `reads` is the part that holds the answer,
-    None where a checked part shows it already.
+    An item is {"parts": (left glyph, right glyph, color name of the bar), "answer": str}. Answers are balanced
+    exactly; the other parts make the target unique, and look-alikes share one of them with it where the kind allows.
+    `checks`, (part index, wanted name) pairs, tell the target from the others; `reads` is the part with the answer.
     """
-    answers = list(DIGITS if kind == "sign" else COLORS) * (count // 4)
+    answers = list(DIGITS if kind in ("sign", "relation") else COLORS) * (count // 4)
     rng.shuffle(answers)
     shape, letter, digit = rng.choice(SHAPES), rng.choice(LETTERS), rng.choice(DIGITS)
     items = []
     for i, answer in enumerate(answers):
         target, half = i == 0, i % 2 == 0
+        other_shape, color = _other(SHAPES, shape, rng), rng.choice(list(COLORS))
         if kind == "attribute":
-            parts = [(shape if target else _other(SHAPES, shape, rng), answer)]
+            parts = (shape if target else other_shape, rng.choice(LETTERS), answer)
         elif kind == "sign":
-            parts = [(letter if target else _other(LETTERS, letter, rng), None), (answer, None)]
+            parts = (letter if target else _other(LETTERS, letter, rng), answer, color)
         elif kind == "conjunction":        # look-alikes share the shape or the digit, never both
-            parts = [(shape if target or half else _other(SHAPES, shape, rng), answer),
-                     (digit if target or not half else _other(DIGITS, digit, rng), None)]
-        else:                              # relation: half of the look-alikes hold the named shape, on the wrong side
-            right = shape if target else _other(SHAPES, shape, rng)
-            left = shape if half and not target else _other(SHAPES, shape, rng)
-            parts = [(left, answer), (right, rng.choice(list(COLORS)))]
+            parts = (shape if target or half else other_shape, digit if target or not half else _other(DIGITS, digit, rng),
+                     answer)
+        elif target or not half:           # relation: half of the look-alikes hold the shape, left of the digit
+            parts = (answer, shape if target else other_shape, color)
+        else:
+            parts = (shape, answer, color)
         items.append({"parts": parts, "answer": answer})
     return {
-        "attribute": (f"What color is the {shape}?", items, [(0, shape)], None),
+        "attribute": (f"What color is the tag with the {shape}?", items, [(0, shape)], 2),
         "sign": (f"What number is on sign {letter}?", items, [(0, letter)], 1),
-        "conjunction": (f"What color is the {shape} with number {digit}?", items, [(0, shape), (1, digit)], None),
-        "relation": (f"What color is the shape left of the {shape}?", items, [(1, shape)], 0),
+        "conjunction": (f"What color is the tag with {shape} and {digit}?", items, [(0, shape), (1, digit)], 2),
+        "relation": (f"What number is left of the {shape}?", items, [(1, shape)], 0),
     }[kind]
 
 
@@ -197,48 +226,63 @@ def make_probe(kind: str, difficulty: str, seed: int, *, grid: int = 6, cell: in
     grid: the image is grid x grid cells, at most one plate in each. cell: pixels per cell side.
     backgrounds: paths of photographs to lie under the plates, one picked at random; None = drawn clutter.
     candidates: K, the number of look-alikes with the target; None = drawn from DIFFICULTIES[difficulty].
-    meta: "k", "grid", "goal", and "items", one {"cell": (column, row), "parts", "answer", "target"} per plate.
+    meta: "k", "grid", "seed", "items", one {"cell": (column, row), "parts", "answer", "target"} per plate, and the
+    "checks" and "reads" of _scene, which say how a plate is told from the others and where its answer is.
     Raises ValueError for an unknown kind or difficulty, or a K that does not fit.
     """
+    probe = _lay_out(kind, difficulty, seed, grid, cell, backgrounds, candidates)
+    probe.open()
+    return probe
+
+
+def _lay_out(kind: str, difficulty: str, seed: int, grid: int = 6, cell: int = 48,
+             backgrounds: list[str] | None = None, candidates: int | None = None) -> Probe:
+    """make_probe without the drawing, which waits until the image is opened."""
     if kind not in PROBE_KINDS or difficulty not in DIFFICULTIES:
         raise ValueError(f"no probe of kind {kind!r}, difficulty {difficulty!r}: choose from {PROBE_KINDS} and "
                          f"{tuple(DIFFICULTIES)}")
     rng = random.Random(f"{kind}/{difficulty}/{seed}/{grid}/{candidates}")   # str seeds hash alike everywhere
-    ks, glyph, contrast = DIFFICULTIES[difficulty]
-    count = rng.choice(ks) if candidates is None else candidates
+    count = rng.choice(DIFFICULTIES[difficulty][0]) if candidates is None else candidates
     if not 0 < count <= grid * grid or (count % 4 and count != 1):
         raise ValueError(f"{count} look-alikes: needs a multiple of 4 (or 1) that fits a {grid} x {grid} grid")
     question, items, checks, reads = _scene(kind, max(count, 4), rng)
     answer = items[0]["answer"]
     if count == 1:                       # one plate alone, the target or as often a look-alike: a perception warm-up
         items = [items[rng.choice((0, 0, 0, 1, 2, 3))]]
-    cells = rng.sample([(x, y) for y in range(grid) for x in range(grid)], count)
-    noise = np.random.default_rng(rng.getrandbits(64))
-    photo = load_image(rng.choice(backgrounds)) if backgrounds else None
-    side = grid * cell
-    image = _background(side, contrast, photo, noise)
-    size = round(glyph * cell)
-    for item, (x, y) in zip(items, cells):
-        item["cell"], item["target"] = (x, y), all(item["parts"][i][0] == name for i, name in checks)
-        jitter = [rng.uniform(-0.05, 0.05) * cell for _ in range(2)]
-        _draw_plate(image, item["parts"], (x + .5) * cell + jitter[0], (y + .5) * cell + jitter[1], cell, size, rng)
-    light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 250       # uneven light, plates included
-    light = Image.fromarray(np.uint8(255 * np.clip(light, 0, 1))).resize((side, side), Image.Resampling.BICUBIC)
-    image = ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
+    for item, place in zip(items, rng.sample([(x, y) for y in range(grid) for x in range(grid)], count)):
+        item["cell"], item["target"] = place, all(item["parts"][i] == name for i, name in checks)
     meta = {"k": count, "grid": grid, "seed": seed, "items": items, "checks": checks, "reads": reads}
-    return Probe(image, question, answer, boxes=[cell_box(items[0]["cell"], grid)], source=kind, difficulty=difficulty,
+    draw = functools.partial(_draw, meta, difficulty, cell, backgrounds, rng.getrandbits(64))
+    return Probe(draw, question, answer, boxes=[cell_box(items[0]["cell"], grid)], source=kind, difficulty=difficulty,
                  meta=meta)
 
 
-def _draw_plate(image: Image.Image, parts: list, x: float, y: float, cell: int, size: int, rng: random.Random) -> None:
-    tone = rng.randint(205, 235)
-    w, h = 0.88 * cell, 0.5 * cell
+def _draw(meta: dict, difficulty: str, cell: int, backgrounds: list[str] | None, seed: int) -> Image.Image:
+    """The picture of a scene: background, plates, uneven light over both."""
+    rng, noise = random.Random(seed), np.random.default_rng(seed)
+    _, glyph, contrast = DIFFICULTIES[difficulty]
+    side = meta["grid"] * cell
+    photo = load_image(rng.choice(backgrounds)) if backgrounds else None
+    image = _background(side, contrast, photo, noise)
+    for item in meta["items"]:
+        x, y = ((v + 0.5 + rng.uniform(-0.02, 0.02)) * cell for v in item["cell"])
+        _draw_plate(image, item["parts"], x, y, cell, round(glyph * cell), rng.randint(205, 235))
+    light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 500
+    light = Image.fromarray(np.uint8(255 * np.clip(light, 0, 1))).resize((side, side), Image.Resampling.BICUBIC)
+    return ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
+
+
+def _draw_plate(image: Image.Image, parts: tuple[str, str, str], x: float, y: float, cell: int, size: int, tone: int) -> None:
+    """A grey plate centered on pixel (x, y): two glyphs side by side, and a bar of its color below them."""
+    left, right, color = parts
+    w, h, bar = 0.92 * cell, 0.62 * cell, 0.14 * cell
     draw = ImageDraw.Draw(image)
-    draw.rounded_rectangle((x - w / 2, y - h / 2, x + w / 2, y + h / 2), radius=0.12 * cell, fill=(tone,) * 3)
-    for i, (name, color) in enumerate(parts):
-        sprite = _sprite(name, COLORS[color] if color else INK, size)
-        center = x + (i - (len(parts) - 1) / 2) * 0.42 * cell
-        image.paste(sprite, (round(center - size / 2), round(y - size / 2)), sprite)
+    draw.rounded_rectangle((x - w / 2, y - h / 2, x + w / 2, y + h / 2), radius=0.08 * cell, fill=(tone,) * 3)
+    draw.rectangle((x - w / 2 + 1, y + h / 2 - bar, x + w / 2 - 1, y + h / 2 - 1), fill=COLORS[color])
+    for name, side in ((left, -1), (right, 1)):
+        sprite = _sprite(name, size, cell / 16)                            # cell / 16: the blur of the overview
+        center = x + side * 0.22 * cell, y - bar / 2
+        image.paste(sprite, tuple(round(v - size / 2) for v in center), sprite)
 
 
 def cell_box(cell: tuple[int, int], grid: int) -> tuple[float, float, float, float]:
@@ -253,10 +297,199 @@ def cell_name(cell: tuple[int, int]) -> str:
 
 
 def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: int, **size) -> Iterator[Probe]:
-    """Endless fresh probes, kinds and difficulties in turn at random; the same seed gives the same stream."""
+    """Endless fresh probes, drawn when opened; the same seed gives the same stream."""
     rng = random.Random(f"stream/{seed}")
     while True:
-        yield make_probe(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
+        yield _lay_out(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+SAVED = {                              # the fields of a Probe in probes.jsonl, beside "image", and their JSON types
+    "question": (str,), "answer": (str, list), "options": (dict, type(None)), "boxes": (list,), "source": (str,),
+    "difficulty": (str,), "meta": (dict,),
+}
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
+    """Writes probes.jsonl and images/ (PNG) into a new or empty directory, for load_probes to read.
+
+    Raises UserError if the directory holds anything or cannot be written, ImageError if an image cannot be read.
+    """
+    directory = Path(directory)
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} is not empty: give another directory, or delete it first")
+        (directory / "images").mkdir(parents=True, exist_ok=True)
+        lines = []
+        for number, probe in enumerate(probes):
+            name, png = f"images/{number:05d}.png", io.BytesIO()
+            probe.open().save(png, "PNG")
+            write_atomic(directory / name, png.getvalue())
+            lines.append(json.dumps({"image": name, **{key: getattr(probe, key) for key in SAVED}}) + "\n")
+        write_atomic(directory / "probes.jsonl", "".join(lines).encode())
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
+
+
+def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
+    """Reads a set of probes, or its first `limit` rows. The images stay on disk until they are opened.
+
+    path: one of these files, or the folder that holds it
+        probes.jsonl          ours: one object per line, with "image" (relative to the file), "question", "answer",
+                              and whichever of the other fields of Probe
+        val.json, train.json  VisualProbe: a list of {"images", "problem", "solution", "data_source", ...}, images
+                              named "SET/data/x.jpg", where SET is the folder of the file
+    Raises UserError, naming the file and the row (from 1), for a wrong path, broken JSON, a missing or wrong field,
+    an image that is missing or not under the folder of the set, and a set without rows. No row is ever left out.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: needs at least one row, or None for all of them")
+    file = Path(path)
+    if file.is_dir():
+        found = [file / name for name in ("probes.jsonl", "val.json", "train.json") if (file / name).is_file()]
+        if len(found) != 1:
+            raise UserError(f"{file} holds {' and '.join(f.name for f in found) or 'no set of probes'}: give the "
+                            "path of one probes.jsonl, val.json or train.json")
+        file, = found
+    if not file.is_file():
+        raise UserError(f"{file}: no such file or folder; to make a set: python data.py --out DIR")
+    if file.suffix not in FORMATS:
+        raise UserError(f"{file}: cannot read this kind of file, only {' and '.join(FORMATS)}")
+    read_rows, to_probe = FORMATS[file.suffix]
+    probes = []
+    for number, row in itertools.islice(read_rows(file), limit):
+        try:
+            if not isinstance(row, dict):
+                raise UserError(f"should be an object {{...}}, not {_short(row)}")
+            probes.append(to_probe(row, file.parent))
+            _check(probes[-1])
+        except UserError as error:
+            raise UserError(f"{file}, row {number}: {error}") from None
+    if not probes:
+        raise UserError(f"{file}: holds no rows")
+    return probes
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, object]]:
+    """(line number, value) of each line that is not blank."""
+    for number, line in enumerate(_text_of(file).split("\n"), 1):
+        if line.strip():
+            yield number, _json(line, f"{file}, row {number}")
+
+
+def _json_list(file: Path) -> Iterator[tuple[int, object]]:
+    """(place from 1, value) of each element of a JSON list."""
+    rows = _json(_text_of(file), str(file))
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: should be a list of rows [...], not {_short(rows)}")
+    return enumerate(rows, 1)
+
+
+def _own_row(row: dict, folder: Path) -> Probe:
+    fields = {key: _field(row, key, *types) for key, types in SAVED.items() if key in (*row, "question", "answer")}
+    probe = Probe(_image_file(_field(row, "image", str), folder), **fields)
+    probe.meta = {key: value for key, value in row.items() if key not in ("image", *SAVED)} | _tuples(probe.meta)
+    probe.boxes = [_tuples(box) for box in probe.boxes]
+    return probe
+
+
+def _visual_probe_row(row: dict, folder: Path) -> Probe:
+    """VisualProbe, the sets of Mini-o3. A set's folder may be renamed: the name in the path is not relied on."""
+    images, source = _field(row, "images", list), _field(row, "data_source", str)
+    if len(images) != 1 or not isinstance(images[0], str):
+        raise UserError(f'"images" should be a list of one path, not {_short(images)}')
+    name, inside = images[0], str(Path(*Path(images[0]).parts[1:]))
+    root, name = (folder.parent, name) if (folder.parent / name).is_file() else (folder, inside)
+    level = source.rpartition("_")[2]                       # visual_probe_hard
+    return Probe(_image_file(name, root), _field(row, "problem", str), _field(row, "solution", str), source=source,
+                 difficulty=level if level in DIFFICULTIES else "",
+                 meta={key: row[key] for key in row if key not in ("images", "problem", "solution", "data_source")})
+
+
+FORMATS = {".jsonl": (_json_lines, _own_row), ".json": (_json_list, _visual_probe_row)}    # file -> rows -> probes
+
+
+def _check(probe: Probe) -> None:
+    """What holds for the probes of every format; takes the image placeholder of published rows out."""
+    probe.question = probe.question.replace("<image>", "").strip()        # env.CropEnv puts the image first
+    if not probe.question:
+        raise UserError("the question is empty")
+    answers = [probe.answer] if isinstance(probe.answer, str) else probe.answer
+    options = probe.options or {}
+    if not answers or not all(isinstance(text, str) for text in (*answers, *options, *options.values())):
+        raise UserError(f"the answer and the options should be text, not {_short([probe.answer, options])}")
+    try:
+        reachable = all(grade(answer, probe.answer, probe.options) for answer in answers)
+    except ValueError as error:                             # not one of the options
+        raise UserError(str(error)) from None
+    if not reachable:
+        raise UserError(f"no prediction can match the answer {_short(probe.answer)}: it is empty or too long")
+    for box in probe.boxes:
+        numbers = isinstance(box, tuple) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise UserError(f"a box should be [x0, y0, x1, y1] with x0 < x1 and y0 < y1 in 0..1, not {_short(box)}")
+
+
+def _field(row: dict, key: str, *types: type):
+    """row[key], which has to be there and of one of these types."""
+    if key not in row:
+        raise UserError(f'"{key}" is missing, the row has {", ".join(row) or "no keys"}')
+    if not isinstance(row[key], types):
+        names = {str: "text", list: "a list", dict: "an object", type(None): "null"}
+        raise UserError(f'"{key}" should be {" or ".join(names[t] for t in types)}, not {_short(row[key])}')
+    return row[key]
+
+
+def _image_file(name: str, root: Path) -> str:
+    """The path of an image under `root`: a row shall not make us read other files. Links are followed, since the
+    cache of the Hugging Face hub is made of them.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"the image {_short(name)} is not under {root}")
+    if not (root / name).is_file():
+        raise UserError(f"the image {root / name} is missing; is the set complete?")
+    return str(root / name)
+
+
+def _tuples(value):
+    """JSON has no tuples: makes each list of plain values one again, so that cells and parts are as when drawn."""
+    if isinstance(value, dict):
+        return {key: _tuples(part) for key, part in value.items()}
+    if isinstance(value, list):
+        nested = any(isinstance(part, (list, dict)) for part in value)
+        return [_tuples(part) for part in value] if nested else tuple(value)
+    return value
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")         # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); is the file cut short?") from None
+
+
+def _short(value) -> str:
+    """A value from a file, for an error message: one line, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ------------------------------------------------------------------------------------------------ the scripted searcher
@@ -272,46 +505,43 @@ def _verdict(probe: Probe, item: dict | None) -> str:
     """What is thought over a crop: each thing wanted beside what is seen, up to the first that is missing."""
     said = []
     for index, wanted in probe.meta["checks"]:
-        seen = _part(item["parts"][index]) if item else "nothing"
-        found = item is not None and item["parts"][index][0] == wanted
-        said.append(f"want {wanted}: see {seen}, {'yes' if found else 'no'}")
-        if not found:
+        seen = item["parts"][index] if item else "nothing"
+        said.append(f"want {wanted}: see {seen}, {'yes' if seen == wanted else 'no'}")
+        if seen != wanted:
             return ", ".join(said)
-    if probe.meta["reads"] is not None:
-        said.append(f"read {_part(item['parts'][probe.meta['reads']])}")
-    return ", ".join(said)
-
-
-def _part(part: tuple[str, str | None]) -> str:
-    name, color = part
-    return f"{color} {name}" if color else name
+    return ", ".join([*said, f"read {item['parts'][probe.meta['reads']]}"])
 
 
 def search_script(probe: Probe, rng: random.Random, *, pattern: str, impatience: float = 0.0,
                   slip: float = 0.0) -> list[str]:
     """The assistant messages of one whole search through a drawn probe, in order (the scene is known).
 
-    pattern: "depth_first" goes through the plates in reading order, "trial_and_error" in random order; neither
-    returns to a plate. impatience: after the n-th miss it guesses with probability impatience * n. slip: chance
-    at each look of cropping an empty cell instead, noticing it ("see nothing") and going on.
+    pattern: "depth_first" lists the plates first and goes through them region by region, "trial_and_error" takes
+    them in random order; neither returns to a plate. impatience: after the n-th miss it guesses with probability
+    impatience * n. slip: chance at each look of cropping an empty cell instead, noticing it ("see nothing") and
+    going on.
     """
     grid, at = probe.meta["grid"], {item["cell"]: item for item in probe.meta["items"]}
-    order = sorted(at, key=lambda cell: (cell[1], cell[0]))
+    order = sorted(at, key=lambda cell: (cell[1] // 2, cell[0] // 2, cell[1], cell[0]))    # region by region, 2 x 2 cells
     empty = [(x, y) for y in range(grid) for x in range(grid) if (x, y) not in at]
     if pattern == "trial_and_error":
         rng.shuffle(order)
-    verb = "next" if pattern == "depth_first" else "try"
-    texts, thought, misses = [], "", 0
+    planned = pattern == "depth_first"
+    texts, misses, last = [], 0, None                          # last: where the plan has got to
+    thought = f"plates {' '.join(cell_name(cell) for cell in order)}, " if planned else ""
     while True:
-        cell = rng.choice(empty) if empty and rng.random() < slip else order.pop(0)
-        texts.append(_crop_text(f"{thought}{verb} {cell_name(cell)}", cell_box(cell, grid)))
+        slipped = bool(empty) and rng.random() < slip
+        cell = rng.choice(empty) if slipped else order.pop(0)
+        go = "try" if not planned else f"after {cell_name(last)}" if last else "next"
+        texts.append(_crop_text(f"{thought}{go} {cell_name(cell)}", cell_box(cell, grid)))
+        last = last if slipped else cell
         item = at.get(cell)
         thought = _verdict(probe, item)
         if item is not None and item["target"]:
             return [*texts, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
         misses += 1
         if rng.random() < impatience * misses:
-            guess = rng.choice(DIGITS if probe.source == "sign" else list(COLORS))
+            guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
             return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
         thought += ", "
 
@@ -336,13 +566,17 @@ class Trajectory:
 
 def collect(probes: list[Probe], speak: Callable[[list], list], **env_options) -> list[Trajectory]:
     """Plays all probes turn by turn; `speak` takes the conversations (chat messages; None once an episode has
-    ended) and returns one assistant text for each. Returns every trajectory, right or wrong: filter by reward.
+    ended) and returns one assistant text for each, or anything for None. Returns every trajectory, right or wrong:
+    filter by reward.
     """
     envs = [CropEnv(probe.open(), probe.prompt(), **env_options) for probe in probes]
     talks: list = [env.reset() for env in envs]
     texts: list[list[str]] = [[] for _ in probes]
     while any(talk is not None for talk in talks):
-        for i, text in enumerate(speak(talks)):
+        said = speak(talks)
+        if len(said) != len(talks):
+            raise ValueError(f"speak returned {len(said)} texts for {len(talks)} conversations")
+        for i, text in enumerate(said):
             if talks[i] is None:
                 continue
             texts[i].append(text)
@@ -365,7 +599,114 @@ def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impati
         pattern = PATTERNS[rng.random() < trial_share]
         calm = rng.random() < patient_share
         script = search_script(probe, rng, pattern=pattern, impatience=0.0 if calm else impatience, slip=slip)
+        if len(script) > max_turns or not script[-1].endswith(f"<answer>{probe.answer}</answer>"):
+            continue                                  # known to fail: spares the drawing
         trajectory, = collect([probe], lambda _: [script.pop(0)], max_turns=max_turns, **env_options)
         if trajectory.reward == 1.0:
             trajectory.pattern = pattern
             yield trajectory
+
+
+def describe(trajectory: Trajectory) -> str:
+    """A trajectory as lines of text: the question, each message, the stop and the reward."""
+    lines = [f"  | {trajectory.probe.question}  (answer: {trajectory.probe.answer})"]
+    lines += [f"  | {i}. {text}" for i, text in enumerate(trajectory.texts, 1)]
+    return "\n".join([*lines, f"  | stop: {trajectory.stop}  reward {trajectory.reward:.0f}"])
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+@dataclass(frozen=True)
+class Config:
+    out: Path | None = None            # draw probes into this new folder: probes.jsonl, images/, sheet.png
+    check: Path | None = None          # or read a set, each image too, and say what is in it
+    count: int = 100                   # probes
+    kinds: tuple[str, ...] = PROBE_KINDS
+    difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
+    seed: int = 0
+    grid: int = 6                      # cells per side of the picture
+    cell: int = 48                     # pixels per cell side
+    backgrounds: Path | None = None    # folder of photographs to lie under the plates; default: drawn clutter
+
+
+def draw_sheet(probes: list[Probe], columns: int = 3, view: int = 48) -> Image.Image:
+    """A contact sheet: a row per kind; each probe, gold box in white, beside its view x view overview enlarged."""
+    rows = [[p for p in probes if p.source == kind][:columns] for kind in PROBE_KINDS]
+    rows = [row for row in rows if row]
+    side, gap = min(probes[0].open().width, 576), 12
+    width, height = 2 * side + 3 * gap, side + 3 * gap                    # of one probe, its caption included
+    sheet = Image.new("RGB", (gap + columns * width, gap + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, probe in enumerate(row):
+            x, y = gap + c * width, gap + r * height
+            overview = fit_pixels(probe.open(), view * view, view * view)
+            sheet.paste(probe.open().resize((side, side)), (x, y))
+            sheet.paste(overview.resize((side, side), Image.Resampling.NEAREST), (x + side + gap, y))
+            x0, y0, x1, y1 = (v * side for v in probe.boxes[0])
+            draw.rectangle((x + x0, y + y0, x + x1 - 1, y + y1 - 1), outline="white", width=2)
+            caption = f"{probe.difficulty}: {probe.question}  {probe.answer}"
+            draw.text((x, y + side + 3), caption, "black", font_size=14)
+    return sheet
+
+
+def photos_in(folder: Path) -> list[str]:
+    """The image files of a folder, by their endings, in order. UserError if there are none."""
+    endings = Image.registered_extensions()
+    paths = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in endings) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"--backgrounds: no image files in {folder}")
+    return paths
+
+
+def draw_set(cfg: Config) -> None:
+    """Draws a set of probes into cfg.out, and prints how one of them is searched."""
+    unknown = [*(set(cfg.kinds) - set(PROBE_KINDS)), *(set(cfg.difficulties) - set(DIFFICULTIES))]
+    largest = max((k for name in cfg.difficulties if name in DIFFICULTIES for k in DIFFICULTIES[name][0]), default=0)
+    if unknown or not largest or not cfg.kinds:
+        raise UserError(f"kinds are {', '.join(PROBE_KINDS)}; difficulties are {', '.join(DIFFICULTIES)}; "
+                        f"not {', '.join(unknown) or 'none'}")
+    smallest = math.isqrt(largest - 1) + 1
+    if not smallest <= cfg.grid <= 26 or cfg.cell < 16 or cfg.count < 1:          # 26: columns are named a to z
+        raise UserError(f"needs a grid of {smallest} to 26 cells ({largest} plates), cells of 16 pixels or more, "
+                        "and a count of 1 or more")
+    photos = photos_in(cfg.backgrounds) if cfg.backgrounds else None
+    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, grid=cfg.grid, cell=cfg.cell, backgrounds=photos)
+    shown: list[Probe] = []                               # only these stay in memory
+
+    def drawn() -> Iterator[Probe]:
+        for probe in tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes"):
+            if sum(p.source == probe.source for p in shown) < 3:
+                shown.append(probe)
+            yield probe
+
+    save_probes(drawn(), cfg.out)
+    png = io.BytesIO()
+    draw_sheet(shown).save(png, "PNG")
+    write_atomic(cfg.out / "sheet.png", png.getvalue())
+    script = search_script(shown[0], random.Random(cfg.seed), pattern="trial_and_error")
+    print(describe(*collect(shown[:1], lambda _: [script.pop(0)], max_turns=len(script))))
+    print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
+
+
+def check_set(path: Path) -> None:
+    """Prints what load_probes makes of a set, and opens every image."""
+    probes = load_probes(path)
+    sizes = Counter("{} x {}".format(*probe.open().size) for probe in tqdm(probes, desc="images"))
+    counts = {"sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
+              "answers": Counter(str(p.answer) for p in probes), "image sizes": sizes}
+    print(f"{path}: {len(probes)} rows")
+    for name, counter in counts.items():
+        most = ", ".join(f"{value or '(none)'} {count}" for value, count in counter.most_common(10))
+        print(f"{name:14s}{most}{f', and {len(counter) - 10} more' if len(counter) > 10 else ''}")
+    print(f"{'example':14s}{probes[0].image}\n  | {probes[0].prompt()}  (answer: {probes[0].answer})")
+
+
+def main(cfg: Config) -> None:
+    if (cfg.out is None) == (cfg.check is None):
+        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set")
+    draw_set(cfg) if cfg.out else check_set(cfg.check)
+
+
+if __name__ == "__main__":
+    command(main, Config)

@@ -68,12 +68,12 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     coordinates = sorted({str(v) for x in range(6) for v in data.cell_box((x, 0), 6)})
     phrases = [
         "system\n", "user\n", "assistant\n", "Search the picture.", "Observation ", "That failed.",
-        "What color is the ", "What number is on sign ", "shape left of the ", " with number ",
+        "What color is the tag with ", "the ", " and ", "What number is on sign ", "What number is left of the ",
         "<think>", "</think>", "<answer>", "</answer>", '<grounding>{"bbox_2d": [',
         '], "source": "original_image"}</grounding>', '], "source": "observation_', '"}</grounding>',
-        "want ", ": see ", "nothing", ", ", "yes", "no", "read ", "next ", "try ", "guess",
-        *data.SHAPES, *data.COLORS, *(f"{color} " for color in data.COLORS), *coordinates, *(f"{c}, " for c in coordinates),
-        *(data.cell_name((x, y)) for y in range(6) for x in range(6))]
+        "want ", ": see ", "nothing", ", ", "yes", "no", "read ", "plates", "next", "after", "try", "guess",
+        *data.SHAPES, *data.COLORS, *coordinates, *(f"{c}, " for c in coordinates),
+        *(f" {data.cell_name((x, y))}" for y in range(6) for x in range(6))]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -86,7 +86,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False, model_max_length=32_768)
 
 
-def tiny_model(tokenizer, width: int = 128, layers: int = 4, vision_width: int = 64, vision_layers: int = 2):
+def tiny_model(tokenizer, width: int = 128, layers: int = int(__import__('os').environ.get('LAYERS','3')), vision_width: int = int(__import__('os').environ.get('VW','96')), vision_layers: int = int(__import__('os').environ.get('VD','2'))):
     """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in [
         ("image_token_id", IMAGE_PAD), ("video_token_id", "<|video_pad|>"), ("vision_start_token_id", VISION_START),
@@ -99,7 +99,7 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 4, vision_width: int =
             initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id),
         vision_config=dict(
-            depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=4, patch_size=8,
+            depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=vision_width // 16, patch_size=8,
             spatial_merge_size=2, temporal_patch_size=1, window_size=64, out_hidden_size=width,
             fullatt_block_indexes=list(range(vision_layers)), initializer_range=0.05),
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **ids)
@@ -139,6 +139,7 @@ def batched_windows(module, query, key, value, attention_mask=None, scaling=None
 
 
 AttentionInterface.register("flash_batched_windows", batched_windows)
+transformers.utils.logging.disable_progress_bar()                                # of loading and saving: ours are enough
 
 
 # ------------------------------------------------------------------------------------------------ the policy
@@ -155,6 +156,7 @@ class Policy:
     def __post_init__(self):
         self.base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
         config = self.base.config
+        self.encoded: dict[str, tuple[int, ...]] = {}
         self.merge = config.vision_config.spatial_merge_size
         self.image_pad = config.image_token_id
         self.im_start, self.im_end, self.vision_start, self.vision_end = self.tokenizer.convert_tokens_to_ids(
@@ -206,7 +208,12 @@ class Policy:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids; "<|im_end|>" in the text becomes ordinary characters, never the control token."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        if text not in self.encoded:                        # the same few strings come again at every turn
+            if len(self.encoded) > 10_000:
+                self.encoded.clear()
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+            self.encoded[text] = tuple(ids)
+        return list(self.encoded[text])
 
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -271,7 +278,8 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(name)
         except OSError as error:
-            raise data.UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+            where = "" if Path(name).exists() else "no such directory here, and not on the Hub: "
+            raise data.UserError(f"cannot load {name}: {where}{str(error).splitlines()[0]}") from error
         protocol = Protocol()
         for place in (Path(adapter or name), Path(name)):
             if (place / "protocol.json").exists():

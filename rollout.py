@@ -71,10 +71,11 @@ class Episode:
 class Transcript:
     """An episode in the making: its environment and its tokens so far. SFT and RL write their tokens through it."""
 
-    def __init__(self, policy: Policy, probe: data.Probe, max_turns: int, max_images: int | None):
+    def __init__(self, policy: Policy, probe: data.Probe, max_turns: int, max_images: int | None,
+                 make_env: type[CropEnv] = CropEnv, force_answer: bool = False):
         p = policy.protocol
-        self.policy, self.probe = policy, probe
-        self.env = CropEnv(probe.open(), probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
+        self.policy, self.probe, self.force_answer = policy, probe, force_answer
+        self.env = make_env(probe.open(), probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
                            p.system_prompt, p.observation_prompt, p.error_prompt)
         self.ids: list[int] = []
         self.mask: list[bool] = []
@@ -86,10 +87,13 @@ class Transcript:
     def inject(self, messages: list[dict]) -> list[Image.Image]:
         """Appends messages of the environment and opens an assistant turn; returns their views."""
         ids, views = self.policy.render(messages, after_turn=bool(self.ids))
+        start = len(self.ids) + len(ids)
+        if self.force_answer and self.env.turn + 1 == self.env.max_turns:
+            ids += self.policy.encode("<answer>")
         self.ids += ids
         self.mask += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
-        self.turn_start = len(self.ids)
+        self.turn_start = start
         return views
 
     def sample(self, token: int, logprob: float) -> None:
@@ -104,7 +108,10 @@ class Transcript:
         `max_context` tokens is taken back, and the episode ends over_context.
         """
         text = self.policy.decode(self.ids[self.turn_start:-1])
-        message, self.stop = self.env.step(text) if complete else (None, "void")
+        if complete:
+            message, self.stop = self.env.step(text)
+        else:
+            self.env.turn, self.stop = self.env.turn + 1, "void"
         if self.stop:
             return False
         before = len(self.ids)
@@ -219,13 +226,15 @@ class Row:
 @torch.no_grad()
 def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, max_turns: int = 6,
             max_images: int | None = None, max_context: int = 32_768, max_turn_tokens: int = 1024,
-            temperature: float = 1.0, seed: int = 0, slots: int = 128, progress: str | None = None) -> list[Episode]:
+            temperature: float = 1.0, seed: int = 0, slots: int = 128, make_env: type[CropEnv] = CropEnv,
+            force_answer: bool = False, progress: str | None = None) -> list[Episode]:
     """Plays `group_size` episodes per probe; those of one probe are adjacent in the result.
 
     max_turns: assistant messages per episode. max_images: images in the bank, the original included; None = no limit.
     max_context: tokens of a conversation before its last turn. max_turn_tokens: a longer turn is cut, and void.
     temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
-    depend on `slots`. progress: a label for a progress bar. Raises ValueError for a prompt beyond max_context.
+    depend on `slots`. make_env: the world, for controls. force_answer: the last allowed turn begins with "<answer>",
+    written for the policy and not counted as sampled. progress: a label for a progress bar. Raises ValueError for a prompt beyond max_context.
     """
     queue = deque((i, probe) for i, probe in enumerate(p for p in probes for _ in range(group_size)))
     slots = min(slots, len(queue))
@@ -237,7 +246,7 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
         for slot, row in enumerate(rows):
             if row is None and queue:
                 index, probe = queue.popleft()
-                rows[slot] = Row(index, Transcript(policy, probe, max_turns, max_images), seed)
+                rows[slot] = Row(index, Transcript(policy, probe, max_turns, max_images, make_env, force_answer), seed)
                 if rows[slot].unread > max_context:
                     raise ValueError(f"a prompt of {rows[slot].unread} tokens exceeds max_context={max_context}")
         live = [slot for slot, row in enumerate(rows) if row]
@@ -287,7 +296,7 @@ def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: lis
     mask = cache.address(torch.tensor(batch, device=to), torch.tensor(starts, device=to), length)
     hidden = policy.base.model(
         input_ids=torch.from_numpy(ids).to(to), position_ids=torch.from_numpy(positions).to(to),
-        attention_mask={"full_attention": mask}, past_key_values=cache, use_cache=True, **pixels).last_hidden_state
+        attention_mask=mask, past_key_values=cache, use_cache=True, **pixels).last_hidden_state
     last = [rows[slot].cached - starts[slot if whole else i] - 1 for i, slot in enumerate(turn)]
     picked = torch.tensor([slot if whole else i for i, slot in enumerate(turn)], device=to)
     return sampled_logprobs(policy, hidden[picked, torch.tensor(last, device=to)], temperature or 1.0)
@@ -340,9 +349,10 @@ def draw_search(episode: Episode, side: int = 900) -> Image.Image:
     boxes = boxes_in_original(episode)
     for i, (x0, y0, x1, y1) in enumerate(boxes, 1):
         color = (255, round(220 * (1 - i / len(boxes))), 0)
-        draw.rectangle((x0 * picture.width, y0 * picture.height, x1 * picture.width - 1, y1 * picture.height - 1),
-                       outline=color, width=3)
-        draw.text((x0 * picture.width + 6, y0 * picture.height + 3), str(i), fill=color, font_size=20)
+        left, top = x0 * picture.width, y0 * picture.height
+        right, bottom = max(left, x1 * picture.width - 1), max(top, y1 * picture.height - 1)
+        draw.rectangle((left, top, right, bottom), outline=color, width=3)
+        draw.text((left + 6, top + 3), str(i), fill=color, font_size=20)
     return picture
 
 

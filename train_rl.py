@@ -1,4 +1,4 @@
-"""GRPO with the over-turn mask: a policy trained with few turns learns to go on searching for many (paper, section 3.3).
+"""GRPO with the over-turn mask: a policy trained with few turns learns to go on for many (paper, section 3.3).
 
 GRPO, but: (1) no KL term, no reference policy, no entropy bonus; (2) the clip is wider above than below (DAPO's
 clip-higher); (3) a group of equal rewards teaches nothing, is dropped, and another question takes its place;
@@ -27,7 +27,7 @@ import data
 from env import STOPS
 from model import load_policy, micro_batches, token_logprobs
 from rollout import Episode, describe, rollout
-from train_sft import load_run, log, open_run, peak_gb, save_run, stop_on_signal
+from train_sft import go_on, load_run, log, open_run, peak_gb, save_run, stop_on_signal
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 def completed_advantages(rewards: Tensor, over_turn: Tensor, eps: float = 1e-6) -> Tensor:
     """The ablation of decision (a): mean and std over the completed rollouts of each group only; 0 for the others."""
-    rows = [torch.zeros_like(row) for row in rewards]
-    for row, reward, over in zip(rows, rewards, over_turn):
+    advantages = torch.zeros_like(rewards)                                           # (Q, G)
+    for row, reward, over in zip(advantages, rewards, over_turn):
         if int((~over).sum()) > 1:
             row[~over] = group_advantages(reward[~over][None], eps)[0]
-    return torch.stack(rows)
+    return advantages
 
 
 def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, assistant_mask: Tensor, over_turn: Tensor, *,
@@ -142,6 +142,8 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
 
 
 def main(cfg: Config) -> None:
+    if not cfg.init.exists():
+        raise data.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py --out {cfg.init}")
     torch.manual_seed(cfg.seed)
     policy = load_policy(str(cfg.init), device=cfg.device)
     policy.base.model.visual.requires_grad_(cfg.train_vision)
@@ -157,7 +159,8 @@ def main(cfg: Config) -> None:
         rolled_at = time.time()
 
         rewards = torch.tensor([[e.reward for e in group] for group in groups]).view(-1, cfg.group_size)      # (Q, G)
-        over_turn = torch.tensor([[e.over_turn for e in group] for group in groups]).view(-1, cfg.group_size)  # (Q, G)
+        over_turn = torch.tensor([[e.over_turn for e in group] for group in groups], dtype=torch.bool)
+        over_turn = over_turn.view(-1, cfg.group_size)                                                        # (Q, G)
         # Three decisions. Paper: section 3.3. Reference code: core_algos.py:145, dp_actor.py:322 and :394.
         # (a) Do over-turn rollouts enter the mean and std of their group? Paper and code: yes, with reward 0. So do we.
         advantages = (group_advantages(rewards) if cfg.baseline == "all"                                      # (Q, G)
@@ -179,8 +182,9 @@ def main(cfg: Config) -> None:
                 logp = token_logprobs(policy, batch, cfg.temperature)                # (B, T)
                 old_logp = padded(batch, "logprobs", policy.device)                  # (B, T)
                 sampled = padded(batch, "assistant_mask", policy.device)             # (B, T)
-                loss = grpo_loss(logp, old_logp, advantages[at].to(policy.device), sampled, masked[at].to(policy.device),
-                                 clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=denominator)
+                loss = grpo_loss(logp, old_logp, advantages[at].to(policy.device), sampled,
+                                 masked[at].to(policy.device), clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                                 denominator=denominator)
                 loss.backward()
                 ratio = torch.exp(logp.detach() - old_logp)[sampled]
                 clipped_tokens += int(((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum())
@@ -206,15 +210,16 @@ def main(cfg: Config) -> None:
             "tokens_per_second": sampled_tokens / (rolled_at - began), "memory_gb": peak_gb()}
         log(cfg.out, metrics)
         tqdm.write(f"step {step + 1:3d}  reward {metrics['reward']:.2f}  wrong {metrics['wrong']:.2f}  "
-                   f"over-turn {metrics['stop/over_turn']:.2f}  void {metrics['stop/void']:.2f}  turns {metrics['turns']:.1f}  "
-                   f"entropy {metrics['entropy']:.3f}  clip {metrics['clip_fraction']:.3f}  grad {metrics['grad_norm']:.2f}  "
+                   f"over-turn {metrics['stop/over_turn']:.2f}  void {metrics['stop/void']:.2f}  "
+                   f"turns {metrics['turns']:.1f}  entropy {metrics['entropy']:.3f}  "
+                   f"clip {metrics['clip_fraction']:.3f}  grad {metrics['grad_norm']:.2f}  "
                    f"{metrics['time/rollout']:.1f} + {metrics['time/step'] - metrics['time/rollout']:.1f} s")
         if step % cfg.show_every == 0 and groups:
             tqdm.write(describe(policy, groups[0][0]) + f"  advantage {advantages[0, 0]:+.2f}")
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_run(cfg.out, policy, optimizer, step + 1)
         if stop:
-            tqdm.write(f"stopped after step {step + 1}; go on with: python train_rl.py --resume --out {cfg.out}")
+            tqdm.write(f"stopped after step {step + 1}; go on with: {go_on()}")
             return
     print(f"saved in {cfg.out}; next: python eval.py --init {cfg.out}")
 

@@ -17,10 +17,13 @@ import os
 import platform
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,20 +43,20 @@ class Config:
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
     steps: int = 600                   # optimizer steps, warm-up included
-    warmup_steps: int = 150            # of them on single plates: perception first
-    warmup_batch: int = 64             # single plates per step
+    warmup_steps: int = 200            # of them on single plates: perception first
+    warmup_batch: int = 64             # single plates per step, and half as many first messages of a search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
     weight_decay: float = 0.01
     grad_clip: float = 1.0             # largest gradient norm
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
-    trial_share: float = 0.15          # trial-and-error searches; the rest are depth-first
+    trial_share: float = 0.10          # trial-and-error searches; the rest are depth-first
     impatience: float = 0.06           # chance of a guess after the n-th miss is n times this
     patient_share: float = 0.25        # searches that never guess, however long
-    slip: float = 0.04                 # chance of a look at an empty place
+    slip: float = 0.08                 # chance of a look at an empty place
     max_turns: int = 32                # longest trajectory
-    micro_tokens: int = 8192           # tokens per forward, padding included
+    micro_tokens: int = 4096           # tokens per forward, padding included
     save_every: int = 100              # steps
     device: str | None = None          # default: cuda if there is one
     resume: bool = False               # go on from the last checkpoint in `out`
@@ -64,12 +67,25 @@ def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     if step < cfg.warmup_steps:
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), grid=1, candidates=1)
-        looks = [next(probes) for _ in range(cfg.warmup_batch)]
-        return [replay(policy, probe, data.look_script(probe)) for probe in looks]
+        looks = [replay(policy, probe, data.look_script(probe)) for probe, _ in zip(probes, range(cfg.warmup_batch))]
+        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+        plans = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:1])
+                 for probe, _ in zip(probes, range(cfg.warmup_batch // 2))]
+        return looks + plans
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
     searches = data.cold_start(probes, rng.getrandbits(48), trial_share=cfg.trial_share, impatience=cfg.impatience,
                                patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns)
     return [replay(policy, search.probe, search.texts) for search, _ in zip(searches, range(cfg.batch))]
+
+
+def drawn_ahead(cfg: Config, policy: Policy, start: int) -> Iterator[list[Episode]]:
+    """The batches of all steps from `start` on, each drawn in a thread while the one before is trained on."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(draw_batch, cfg, policy, start)
+        for step in range(start, cfg.steps):
+            batch = ahead.result()
+            ahead = thread.submit(draw_batch, cfg, policy, step + 1)
+            yield batch
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -84,23 +100,40 @@ def open_run(cfg, resume: bool, policy_name: str) -> None:
     """Makes the run directory and writes run.json: configuration, commit and versions. ValueError if it is taken."""
     taken = (cfg.out / "state.pt").exists() or (cfg.out / "metrics.jsonl").exists()
     if resume and not (cfg.out / "state.pt").exists():
-        raise data.UserError(f"--resume: no checkpoint in {cfg.out}; run without --resume first")
+        raise data.UserError(f"--resume: no checkpoint in {cfg.out}; "
+                             + ("delete it and run again" if taken else "run without --resume first"))
     if taken and not resume:
         raise data.UserError(f"{cfg.out} holds a run already: pass --resume to go on, or another --out")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items() if k not in ("resume", "device")}
-    settings = json.loads(json.dumps(settings))
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "device")}
+    settings = json.loads(json.dumps(settings, default=str))
     if resume:
-        before = json.loads((cfg.out / "run.json").read_text())["config"]
+        about = json.loads((cfg.out / "run.json").read_text())
+        before = about["config"]
         changed = [k for k in settings if settings[k] != before.get(k)]
         if [k for k in changed if k != "steps"]:
             raise data.UserError(f"--resume: {cfg.out} was started with another " + ", ".join(
                 f"{k} ({before.get(k)}, now {settings[k]})" for k in changed))
-        return
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    about = {"config": settings, "commit": git.stdout.strip() or None, "python": platform.python_version(),
-             "torch": torch.__version__, "transformers": transformers.__version__, "policy": policy_name}
+        about["config"] = settings
+    else:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        about = {"config": settings, "commit": commit(), "python": platform.python_version(),
+                 "torch": torch.__version__, "transformers": transformers.__version__, "policy": policy_name}
     write_atomic(cfg.out / "run.json", json.dumps(about, indent=1).encode())
+
+
+def commit() -> str | None:
+    """The commit of this code, marked -dirty if files were changed since; None outside a checkout."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                             text=True)
+    except OSError:                                                    # a machine without git
+        return None
+    return git.stdout.strip() or None
+
+
+def go_on() -> str:
+    """The command that goes on with this run: all flags count, since --resume refuses a changed configuration."""
+    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -122,7 +155,7 @@ def save_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: 
 
 
 def load_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Loads weights and optimizer of the last checkpoint; returns the number of steps done, and forgets later metrics."""
+    """Loads weights and optimizer of the last checkpoint, forgets later metrics; returns the number of steps done."""
     state = torch.load(out / "state.pt", map_location=policy.device, weights_only=True)
     policy.model.load_state_dict(state["weights"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
@@ -168,11 +201,10 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
     stop = stop_on_signal()
+    ended = time.time()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="cold start")
-    for step in bar:
+    for step, episodes in zip(bar, drawn_ahead(cfg, policy, start)):
         began = time.time()
-        episodes = draw_batch(cfg, policy, step)
-        drawn = time.time()
 
         denominator = sum(int(episode.assistant_mask.sum()) for episode in episodes)   # of the whole step, counted once
         loss = 0.0
@@ -189,16 +221,18 @@ def main(cfg: Config) -> None:
 
         metrics = {"step": step + 1, "phase": "warm-up" if step < cfg.warmup_steps else "search", "loss": loss,
                    "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": denominator,
-                   "turns": sum(e.turns for e in episodes) / len(episodes), "time/draw": drawn - began,
-                   "time/step": time.time() - began, "memory_gb": peak_gb()}
+                   "turns": sum(e.turns for e in episodes) / len(episodes), "time/step": time.time() - began,
+                   "time/wait": began - ended, "memory_gb": peak_gb()}
+        ended = time.time()
         log(cfg.out, metrics)
         if step % 10 == 9:
             tqdm.write(f"step {step + 1:4d}  {metrics['phase']:7s}  loss {loss:.3f}  grad {norm:.2f}  "
-                       f"turns {metrics['turns']:.1f}  {metrics['time/step']:.2f} s (drawing {metrics['time/draw']:.2f})")
+                       f"turns {metrics['turns']:.1f}  {metrics['time/step']:.2f} s + {metrics['time/wait']:.2f} s "
+                       "waiting for data")
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_run(cfg.out, policy, optimizer, step + 1)
         if stop:
-            tqdm.write(f"stopped after step {step + 1}; go on with: python train_sft.py --resume --out {cfg.out}")
+            tqdm.write(f"stopped after step {step + 1}; go on with: {go_on()}")
             return
     print(f"saved in {cfg.out}; next: python train_rl.py --init {cfg.out}")
 

@@ -1,0 +1,242 @@
+"""Accuracy against the turn limit: does a policy that was trained with few turns go on searching when it may?
+
+Avg@K: each question is sampled K times at temperature 1, and the mean over questions comes with its standard error.
+One pass at the largest limit gives the whole curve, since the policy does not know its limit: an episode counts at
+limit L when it answered within L turns.
+
+The controls are the acceptance gate for a trained policy; all of them should end near chance. With `blind` it sees a
+grey picture, with `overview` nothing finer than the first view, with `black_crop` each crop is black. Their last
+message is opened for the policy as an answer, so that a refusal to answer does not pass for ignorance.
+
+    $ python eval.py                                       # runs/rl on fresh hard probes -> runs/eval
+    $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval     # both curves in one figure
+    $ python eval.py --control blind --out runs/eval_blind
+
+Read next: README.md.
+"""
+import base64
+import dataclasses
+import html
+import io
+import json
+import random
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import tyro
+from PIL import Image
+
+import data
+from env import STOPS, CropEnv, fit_pixels
+from model import Policy, load_policy
+from rollout import Episode, draw_search, messages, rollout
+from train_sft import write_atomic
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (after the choice of a backend without a window)
+
+
+@dataclass(frozen=True)
+class Config:
+    init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
+    out: Path = Path("runs/eval")      # results.json, episodes.jsonl, curve.png, trajectories.html
+    count: int = 400                   # fresh probes, or the first rows of `data`
+    kinds: tuple[str, ...] = data.PROBE_KINDS
+    difficulties: tuple[str, ...] = ("hard",)  # of fresh probes, drawn evenly
+    data: Path | None = None           # probes: our JSONL or a published set; default: fresh ones, never trained on
+    samples: int = 1                   # K episodes per probe: Avg@K
+    turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)
+    trained_limit: int = 6             # marked in the figure
+    control: Literal["none", "blind", "overview", "black_crop"] = "none"
+    temperature: float = 1.0
+    max_context: int = 16384           # tokens per episode before its last turn
+    max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void (real bases: 1024)
+    against: tuple[Path, ...] = ()     # other eval directories, for the figure
+    label: str = ""                    # of this curve; default: the name of `init`
+    slots: int = 128                   # episodes at once
+    shown: int = 12                    # episodes in trajectories.html
+    seed: int = 1_000_000              # of the fresh probes and of sampling; training draws from others
+    device: str | None = None          # default: cuda if there is one
+
+
+class BlackCrops(CropEnv):
+    """The black-crop control: every observation but the first view is black."""
+
+    def _view(self, image: Image.Image) -> dict:
+        part = super()._view(image)
+        return part if image is self.image else {**part, "image": Image.new("RGB", part["image"].size)}
+
+
+def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
+    """The probe as a control shows it: grey all over, or no finer than the first view."""
+    image = probe.open()
+    if control == "blind":
+        image = Image.new("RGB", image.size, (128, 128, 128))
+    if control == "overview":
+        image = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels).resize(image.size)
+    return dataclasses.replace(probe, image=image)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+def mean_and_error(per_question: list[list[float]]) -> tuple[float, float]:
+    """Mean over questions of the mean over samples, and its standard error over questions (0 for one question).
+
+    >>> mean_and_error([[1, 0], [1, 1], [0, 0]])
+    (0.5, 0.28867513459481287)
+    """
+    means = [statistics.fmean(samples) for samples in per_question]
+    return statistics.fmean(means), statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
+
+
+def correct_within(episode: Episode, limit: int) -> float:
+    """1.0 if the episode was answered right in at most `limit` turns."""
+    return episode.reward if episode.turns <= limit else 0.0
+
+
+def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) -> dict:
+    """All numbers of results.json; `episodes` holds `samples` adjacent episodes per question."""
+    questions = [episodes[i:i + samples] for i in range(0, len(episodes), samples)]
+
+    def accuracy(chosen: list[list[Episode]], limit: int) -> dict:
+        mean, error = mean_and_error([[correct_within(e, limit) for e in group] for group in chosen])
+        return {"accuracy": mean, "error": error, "questions": len(chosen)}
+
+    def by(key) -> dict:
+        groups = defaultdict(list)
+        for group in questions:
+            groups[str(key(group[0].probe))].append(group)
+        return {name: accuracy(groups[name], limits[-1]) for name in sorted(groups, key=lambda n: (len(n), n))}
+
+    edges = [0, *limits]
+    return {
+        "curve": {str(limit): accuracy(questions, limit) for limit in limits},
+        "correct_by_turns": {f"{low + 1}-{high}": statistics.fmean(
+            correct_within(e, high) - correct_within(e, low) for e in episodes) for low, high in zip(edges, limits)},
+        "stops": {name: statistics.fmean(e.stop == name for e in episodes) for name in STOPS},
+        "mean_turns": statistics.fmean(e.turns for e in episodes),
+        "repeated_crops": (sum(len(e.crops) - len(set(e.crops)) for e in episodes)
+                           / max(1, sum(len(e.crops) for e in episodes))),
+        "by_source": by(lambda probe: probe.source),
+        "by_k": by(lambda probe: probe.meta.get("k", "unknown")),
+    }
+
+
+def print_table(results: dict) -> None:
+    print("turn limit   " + "".join(f"{limit:>7s}" for limit in results["curve"]))
+    print("correct (%)  " + "".join(f"{100 * row['accuracy']:7.1f}" for row in results["curve"].values()))
+    print("  +- error   " + "".join(f"{100 * row['error']:7.1f}" for row in results["curve"].values()))
+    print("stops        " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in results["stops"].items()))
+    print(f"mean turns   {results['mean_turns']:.1f}   repeated crops {100 * results['repeated_crops']:.1f} %")
+    for title in ("by_source", "by_k"):
+        print(f"{title:12s} " + "  ".join(
+            f"{name} {100 * row['accuracy']:.1f}" for name, row in results[title].items()))
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None:
+    """Accuracy against the turn limit, one line per run, with standard errors; the training limit is marked."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for label, curve in curves.items():
+        limits = [int(limit) for limit in curve]
+        axes.errorbar(limits, [100 * row["accuracy"] for row in curve.values()],
+                      [100 * row["error"] for row in curve.values()], marker="o", capsize=3, label=label)
+    axes.axvline(trained_limit, color="grey", linestyle="--", linewidth=1)
+    axes.text(trained_limit + 0.4, 96, "limit in training", color="grey", fontsize=9)
+    axes.set(xlabel="turn limit at test", ylabel="correct (%)", ylim=(0, 100))
+    axes.set_xticks(sorted({int(limit) for curve in curves.values() for limit in curve}))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def picture(image: Image.Image, side: int) -> str:
+    """An <img> of the image, enlarged or reduced to `side` pixels on its longer side, embedded."""
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image = image.resize(size, Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def page(policy: Policy, episodes: list[Episode], control: str = "none") -> str:
+    """A plain page: per episode where it looked, what it saw, and what it said. Model text is escaped."""
+    parts = ["<!doctype html><meta charset=utf-8><title>Trajectories</title><style>body{font:14px sans-serif;"
+             "max-width:1000px;margin:2em auto}section{border-top:1px solid #ccc;padding:1em 0;overflow:auto}"
+             "section>img{float:left;margin:0 1em 1em 0}li{margin:.3em 0;min-height:4em}"
+             "li img{vertical-align:middle;margin-left:1em}code{white-space:pre-wrap}</style><h1>Trajectories</h1>"]
+    for episode in episodes:
+        views = iter(episode.views()[1:])
+        begun = np.cumsum(np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask)   # (T,) messages
+        looks = set(begun[episode.token_ids == policy.vision_start].tolist())      # the messages that a view answers
+        verdict = "correct" if episode.reward else f"wrong, the answer is {episode.probe.answer}"
+        parts.append(f"<section>{picture(draw_search(episode), 360)}<b>{html.escape(episode.probe.prompt())}</b> "
+                     f"{html.escape(verdict)} (stop: {episode.stop}, {episode.turns} turns)<ol>")
+        for number, text in enumerate(messages(policy, episode), 1):
+            view = next(views) if number in looks else None
+            if view and control == "black_crop":
+                view = Image.new("RGB", view.size)
+            parts.append(f"<li><code>{html.escape(text)}</code>{picture(view, 64) if view else ''}</li>")
+        parts.append("</ol></section>")
+    return "\n".join(parts)
+
+
+def record(policy: Policy, episode: Episode) -> dict:
+    """One line of episodes.jsonl."""
+    return {"question": episode.probe.question, "answer": episode.probe.answer, "prediction": episode.answer,
+            "reward": episode.reward, "stop": episode.stop, "turns": episode.turns, "errors": episode.errors,
+            "crops": [dataclasses.asdict(crop) for crop in episode.crops], "messages": messages(policy, episode),
+            "source": episode.probe.source, "k": episode.probe.meta.get("k"), "seed": episode.probe.meta.get("seed")}
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def main(cfg: Config) -> None:
+    policy = load_policy(str(cfg.init), device=cfg.device)
+    if cfg.data:
+        probes = data.load_probes(cfg.data, cfg.count)
+    else:
+        stream = data.probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
+        probes = [next(stream) for _ in range(cfg.count)]
+    limits = tuple(sorted(cfg.turn_limits))
+    against = []
+    for other in cfg.against:
+        if not (other / "results.json").exists():
+            raise data.UserError(f"--against: no results.json in {other}")
+        against.append(json.loads((other / "results.json").read_text()))
+    began = time.time()
+    episodes = rollout(
+        policy, [controlled(probe, cfg.control, policy) for probe in probes], group_size=cfg.samples,
+        max_turns=limits[-1], max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
+        temperature=cfg.temperature, seed=cfg.seed, slots=cfg.slots, progress="episodes",
+        make_env=BlackCrops if cfg.control == "black_crop" else CropEnv, force_answer=cfg.control != "none")
+    label = cfg.label or cfg.init.name
+    results = {"label": label, "init": str(cfg.init), "probes": len(probes), "samples": cfg.samples, "seed": cfg.seed,
+               "control": cfg.control, "seconds": round(time.time() - began, 1),
+               **summarise(episodes, cfg.samples, limits)}
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(cfg.out / "results.json", json.dumps(results, indent=1).encode())
+    lines = (json.dumps(record(policy, episode)) + "\n" for episode in episodes)
+    write_atomic(cfg.out / "episodes.jsonl", "".join(lines).encode())
+    curves = {label: results["curve"]}
+    for other, theirs in zip(cfg.against, against):
+        name = theirs["label"] if theirs["label"] not in curves else f"{theirs['label']} ({other})"
+        curves[name] = theirs["curve"]
+    draw_curves(curves, cfg.trained_limit, cfg.out / "curve.png")
+    shown = random.Random(cfg.seed).sample(episodes, min(cfg.shown, len(episodes)))
+    write_atomic(cfg.out / "trajectories.html", page(policy, shown, cfg.control).encode())
+    print_table(results)
+    print(f"{len(episodes)} episodes in {results['seconds']} s; results, curve.png and trajectories.html in {cfg.out}")
+
+
+if __name__ == "__main__":
+    data.command(main, Config)

@@ -1,0 +1,109 @@
+"""The files as documents: each opens with its story and its command, no flag is ignored, nothing reaches backwards."""
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+READING_ORDER = ("env", "data", "model", "rollout", "train_sft", "train_rl", "eval")
+SCRIPTS = [ROOT / f"{name}.py" for name in READING_ORDER]
+PYTHON = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+def config_fields(path: Path) -> list[tuple[str, str]]:
+    """(name, source line) of each field of the script's Config; [] when it has none."""
+    text = path.read_text()
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    return [(field.target.id, text.splitlines()[field.end_lineno - 1])
+            for node in found for field in node.body if isinstance(field, ast.AnnAssign)]
+
+
+WITH_CONFIG = [path for path in SCRIPTS if config_fields(path)]
+
+
+def test_the_files_are_those_of_the_reading_order():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(READING_ORDER)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_each_file_opens_with_its_story_its_command_and_what_to_read_next(path):
+    story = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert f"$ python {path.name}" in story and "Read next: " in story
+    following = (*READING_ORDER, "README")[READING_ORDER.index(path.stem) + 1]
+    assert re.search(rf"Read next: {following}\.(py|md)", story)
+    assert len(story.splitlines()[0]) <= 120 and story.splitlines()[0].endswith((".", "?"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_the_command_of_each_file_has_a_help_page(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not stop.value.code
+    page = capsys.readouterr().out
+    for field, _ in config_fields(path):
+        assert f"--{field.replace('_', '-')}" in page
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_the_flags_in_the_story_exist(path):
+    story = ast.get_docstring(ast.parse(path.read_text()))
+    known = {name for name, _ in config_fields(path)}
+    for command in re.findall(rf"\$ python {re.escape(path.name)}(.*)", story):
+        flags = re.findall(r"--([\w-]+)", command.partition(" #")[0])
+        assert not known or {flag.replace("-", "_") for flag in flags} <= known
+
+
+@pytest.mark.parametrize("path", WITH_CONFIG, ids=names(WITH_CONFIG))
+def test_every_field_of_a_configuration_is_used_and_explained(path):
+    text = path.read_text()
+    for name, line in config_fields(path):
+        assert re.search(rf"\bcfg\.{name}\b", text), f"{path.name}: --{name} is never read"
+        speaks_for_itself = name in ("seed", "kinds", "temperature", "weight_decay")
+        assert "#" in line or speaks_for_itself, f"{path.name}: --{name} has no help"
+
+
+def test_the_training_scripts_and_the_evaluation_are_commands():
+    assert {"rollout", "train_sft", "train_rl", "eval"} <= {path.stem for path in WITH_CONFIG}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_a_file_imports_only_files_that_come_before_it(path):
+    before = READING_ORDER[:READING_ORDER.index(path.stem)]
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+            [node.module] if isinstance(node, ast.ImportFrom) else [])
+        for module in modules:
+            assert module not in READING_ORDER or module in before, f"line {node.lineno}: imports {module}"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=names(PYTHON))
+def test_lines_are_short_and_end_clean(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= 120, f"{path.name}:{number} has {len(line)} columns"
+        assert line == line.rstrip() and "\t" not in line, f"{path.name}:{number} has stray white space"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_nothing_dangerous_is_called(path):
+    """No eval or exec, no pickle, no shell, nothing imported by name, and no error swallowed whole."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "compile", "__import__"), where
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "marshal", "shelve"} & set(modules), where
+        if isinstance(node, ast.Call):
+            assert not any(k.arg == "shell" and getattr(k.value, "value", True) for k in node.keywords), where
+            if isinstance(node.func, ast.Attribute) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and getattr(k.value, "value", False) for k in node.keywords), where
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), where

@@ -1,0 +1,349 @@
+"""Tests of train_sft.py: what is trained, what a batch depends on, the run directory. No network, no GPU."""
+import json
+import os
+import random
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train_sft
+from model import load_policy, token_logprobs
+from train_sft import Config, draw_batch, drawn_ahead, learning_rate, write_atomic
+
+ROOT = Path(train_sft.__file__).parent
+TIMES = {"time/step", "time/wait", "time/draw", "memory_gb"}          # the metrics that no seed fixes
+
+
+@pytest.fixture(autouse=True)
+def old_handlers():
+    """main takes over Ctrl-C and SIGTERM: give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def small(out, **changes) -> Config:
+    """Two steps of warm-up, then two-message searches."""
+    settings = dict(out=Path(out), steps=4, warmup_steps=2, warmup_batch=2, batch=2, kinds=("attribute",),
+                    difficulties=("easy",), impatience=1.0, patient_share=0.0, max_turns=3, save_every=100,
+                    device="cpu")
+    return Config(**{**settings, **changes})
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return load_policy("tiny", device="cpu")
+
+
+def lines(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    return torch.load(Path(out) / "state.pt", weights_only=True)["weights"]
+
+
+def run_script(monkeypatch, capsys, script, *args) -> tuple[int, str]:
+    """`python script args` in this process: (exit code, stderr)."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    capsys.readouterr()
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ what is trained
+
+def test_the_loss_falls_on_a_memorised_batch(tmp_path, monkeypatch):
+    batch = draw_batch(small(tmp_path), tiny(), 3)
+    monkeypatch.setattr(train_sft, "draw_batch", lambda *_: batch)
+    train_sft.main(small(tmp_path, steps=25, lr=4e-3))
+    losses = [row["loss"] for row in lines(tmp_path)]
+    assert losses[0] > 3 and losses[-1] < 0.3 * losses[0], losses
+    assert all(row["tokens"] == sum(int(e.assistant_mask.sum()) for e in batch) for row in lines(tmp_path))
+
+
+def test_the_first_loss_is_the_mean_over_all_assistant_tokens_of_the_step(tmp_path):
+    cfg = small(tmp_path, steps=1, warmup_steps=0, batch=3, micro_tokens=1)
+    train_sft.main(cfg)
+    policy, batch = tiny(), draw_batch(cfg, tiny(), 0)
+    with torch.no_grad():
+        said = torch.cat([token_logprobs(policy, [e])[0][torch.from_numpy(e.assistant_mask)] for e in batch])
+    row, = lines(tmp_path)
+    assert row["loss"] == pytest.approx(-said.mean().item(), rel=1e-4)
+    assert row["tokens"] == len(said)
+
+
+def test_only_predictions_of_assistant_tokens_get_a_gradient(tmp_path, monkeypatch):
+    """The gradient at each position of the last layer is nonzero exactly where the next token is the policy's own."""
+    policy = tiny()
+    seen = []
+
+    def keep(module, args, output):
+        output.last_hidden_state.retain_grad()
+        seen.append(output.last_hidden_state)
+
+    policy.base.model.register_forward_hook(keep)
+    monkeypatch.setattr(train_sft, "load_policy", lambda *_, **__: policy)
+    cfg = small(tmp_path, steps=1, warmup_steps=0, micro_tokens=10**6)
+    episodes = sorted(draw_batch(cfg, policy, 0), key=lambda e: len(e.token_ids))
+    train_sft.main(cfg)
+    hidden, = seen
+    for row, episode in enumerate(episodes):
+        moved = hidden.grad[row].abs().amax(-1) > 0                       # (T,)
+        expected = np.zeros(len(moved), bool)
+        expected[:len(episode.assistant_mask) - 1] = episode.assistant_mask[1:]
+        assert moved.tolist() == expected.tolist()
+    assert not episodes[0].assistant_mask[0] and 0 < episodes[0].assistant_mask.mean() < 0.9
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch, step):
+    """One row per forward or all rows in one, warm-up or search: the same gradient and the same loss."""
+    original, found = torch.nn.utils.clip_grad_norm_, []
+
+    def record(parameters, most):
+        parameters = list(parameters)
+        found.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        return original(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    for tokens in (1, 10**6):
+        train_sft.main(small(tmp_path / str(tokens), steps=1, warmup_steps=step, batch=3, micro_tokens=tokens))
+    one, all_at_once = found
+    assert one.norm() > 0.1
+    assert (one - all_at_once).norm() < 1e-4 * one.norm()
+    assert lines(tmp_path / "1")[0]["loss"] == pytest.approx(lines(tmp_path / "1000000")[0]["loss"], rel=1e-5)
+
+
+def test_the_gradient_is_clipped_before_the_step(tmp_path, monkeypatch):
+    """With a largest norm of 0 nothing is learned; the norm that is logged is the one before clipping."""
+    train_sft.main(small(tmp_path, steps=1, grad_clip=0.0, weight_decay=0.0))
+    before = dict(tiny().model.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+    assert lines(tmp_path)[0]["grad_norm"] > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+def tokens(batch) -> list:
+    return [(e.token_ids.tolist(), e.assistant_mask.tolist(), [v.tobytes() for v in e.views()]) for e in batch]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_batch_depends_on_the_seed_and_the_step_alone(tmp_path, step):
+    cfg = small(tmp_path)
+    first = tokens(draw_batch(cfg, tiny(), step))
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    list(map(len, [draw_batch(cfg, tiny(7), 1)]))                     # an earlier step, another policy
+    assert tokens(draw_batch(replace(cfg, out=Path("elsewhere"), lr=1.0), tiny(7), step)) == first
+    assert tokens(draw_batch(replace(cfg, seed=1), tiny(), step)) != first
+    assert tokens(draw_batch(cfg, tiny(), step + 1 if step else 1)) != first
+
+
+def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path):
+    cfg, policy = small(tmp_path, steps=4), tiny()
+    ahead = [tokens(batch) for batch in drawn_ahead(cfg, policy, 1)]
+    assert ahead == [tokens(draw_batch(cfg, policy, step)) for step in (1, 2, 3)]
+
+
+def test_the_cold_start_shows_only_searches_that_end_right(tmp_path):
+    batch = draw_batch(small(tmp_path, batch=6), tiny(), 3)
+    assert len(batch) == 6 and all(e.stop == "answer" and e.reward == 1.0 and e.turns <= 3 for e in batch)
+
+
+def test_learning_rate_by_hand():
+    cfg = Config(steps=100, lr=1.0)
+    assert learning_rate(cfg, 0) == pytest.approx(1 / 20)             # (0 + 1) / 20 of the peak
+    assert learning_rate(cfg, 19) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 0.82708), abs=1e-4)   # cos(0.19 pi)
+    assert learning_rate(cfg, 50) == pytest.approx(0.55)              # half way: 0.1 + 0.9 / 2
+    assert learning_rate(cfg, 100) == pytest.approx(0.1)
+
+
+def test_each_step_uses_and_logs_its_own_learning_rate(tmp_path):
+    cfg = small(tmp_path, steps=3)
+    train_sft.main(cfg)
+    assert [row["lr"] for row in lines(tmp_path)] == [learning_rate(cfg, step) for step in range(3)]
+
+
+# ------------------------------------------------------------------------------------------------ the run directory
+
+def test_a_run_leaves_metrics_a_description_and_a_hugging_face_directory(tmp_path, capsys):
+    train_sft.main(small(tmp_path, steps=3))
+    assert "python train_rl.py" in capsys.readouterr().out
+    rows = lines(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["phase"] for row in rows] == ["warm-up", "warm-up", "search"]
+    assert all({"loss", "grad_norm", "lr", "tokens", "turns", "time/step", "memory_gb"} <= row.keys() for row in rows)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["config"]["steps"] == 3 and about["config"]["kinds"] == ["attribute"]
+    assert about["torch"] == torch.__version__ and {"commit", "python", "transformers", "policy"} <= about.keys()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "protocol.json"):
+        assert (tmp_path / name).exists(), name
+    saved = dict(load_policy(str(tmp_path), device="cpu").model.named_parameters())
+    assert weights(tmp_path).keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in weights(tmp_path).items())
+
+
+def test_a_crashed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
+    """Killed in step 4, after the checkpoint of step 2: steps 3 and 4 are done again, metrics and weights are equal."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train_sft.main(small(straight, save_every=2))
+
+    original, calls = train_sft.learning_rate, []
+
+    def die(cfg, step):
+        calls.append(step)
+        if step == 3:
+            raise MemoryError
+        return original(cfg, step)
+
+    monkeypatch.setattr(train_sft, "learning_rate", die)
+    with pytest.raises(MemoryError):
+        train_sft.main(small(broken, save_every=2))
+    assert calls == [0, 1, 2, 3] and len(lines(broken)) == 3          # one line more than the checkpoint knows
+    monkeypatch.setattr(train_sft, "learning_rate", original)
+    train_sft.main(small(broken, save_every=2, resume=True))
+
+    assert without_times(lines(broken)) == without_times(lines(straight))
+    one, other = weights(straight), weights(broken)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_command_that_finishes_the_run(tmp_path, monkeypatch):
+    out, steps = tmp_path / "a run", 60
+    flags = ["--out", out, "--steps", steps, "--warmup-steps", 1, "--warmup-batch", 2, "--batch", 1, "--max-turns", 2,
+             "--kinds", "attribute", "--difficulties", "easy", "--impatience", 1, "--patient-share", 0,
+             "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_sft.py"), *map(str, flags)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.time() + 300
+        while not ((out / "metrics.jsonl").exists() and lines(out)) and process.poll() is None:
+            assert time.time() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    told, = [line for line in said.replace("\r", "\n").splitlines() if "go on with:" in line]
+    done = len(lines(out))
+    assert f"stopped after step {done};" in told and 0 < done < steps
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == done
+    load_policy(str(out), device="cpu")                               # usable as it is
+
+    command = shlex.split(told.split("go on with: ")[1])
+    assert command[0] == "python" and Path(command[1]).name == "train_sft.py"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "draw_batch", lambda *_: 1 / 0)      # the script's own module: this one is not used
+        patch.setattr(sys, "argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+    assert [row["step"] for row in lines(out)] == list(range(1, steps + 1))
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == steps
+
+
+def test_a_first_signal_asks_for_a_stop_and_a_second_one_stops():
+    asked = train_sft.stop_on_signal()
+    assert not asked
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_a_taken_directory_is_refused_and_left_alone(tmp_path):
+    train_sft.main(small(tmp_path, steps=1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(data.UserError, match="--resume.*another --out"):
+        train_sft.main(small(tmp_path, steps=1))
+    with pytest.raises(data.UserError, match=r"another seed \(0, now 1\)"):
+        train_sft.main(small(tmp_path, steps=1, seed=1, resume=True))
+    with pytest.raises(data.UserError, match=r"kinds \(\['attribute'\], now \['sign'\]\).*lr|lr.*kinds"):
+        train_sft.main(small(tmp_path, steps=1, kinds=("sign",), lr=0.5, resume=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_steps_may_grow_on_resume_and_the_description_follows(tmp_path):
+    train_sft.main(small(tmp_path, steps=1))
+    train_sft.main(small(tmp_path, steps=2, resume=True))
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2]
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["steps"] == 2
+
+
+def test_resume_without_a_checkpoint_says_what_to_do(tmp_path):
+    with pytest.raises(data.UserError, match="no checkpoint in .*without --resume"):
+        train_sft.main(small(tmp_path / "new", resume=True))
+    early = tmp_path / "early"                                        # killed before its first checkpoint
+    early.mkdir()
+    (early / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(data.UserError, match="delete it"):
+        train_sft.main(small(early, resume=True))
+
+
+def test_a_machine_without_git_can_train(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(subprocess, "run", missing)
+    train_sft.open_run(small(tmp_path), False, "tiny")
+    assert json.loads((tmp_path / "run.json").read_text())["commit"] is None
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "run.json"
+    write_atomic(path, b"old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, broken, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, b"new, but")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_interrupted_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
+    train_sft.main(small(tmp_path, steps=1))
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def cut(state, path):
+        Path(path).write_bytes(b"half of a")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft.main(small(tmp_path, steps=2, resume=True))
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_user_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    code, err = run_script(monkeypatch, capsys, "train_sft.py", "--base", tmp_path / "nowhere", "--out", tmp_path / "x")
+    assert code == 2 and str(tmp_path / "nowhere") in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "x").exists()
+    code, err = run_script(monkeypatch, capsys, "train_sft.py", "--resume", "--out", tmp_path / "x")
+    assert code == 2 and err.startswith("error: --resume") and len(err.splitlines()) == 1, err
+    code, err = run_script(monkeypatch, capsys, "train_sft.py", "--step", "3")
+    assert code == 2 and "--steps" in err                             # tyro suggests the right flag
