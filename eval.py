@@ -33,10 +33,10 @@ import tyro
 from PIL import Image
 
 import data
+from data import write_atomic
 from env import STOPS, CropEnv, fit_pixels
 from model import Policy, load_policy
 from rollout import Episode, draw_search, messages, rollout
-from train_sft import write_atomic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend without a window)

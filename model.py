@@ -86,7 +86,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False, model_max_length=32_768)
 
 
-def tiny_model(tokenizer, width: int = 128, layers: int = int(__import__('os').environ.get('LAYERS','3')), vision_width: int = int(__import__('os').environ.get('VW','96')), vision_layers: int = int(__import__('os').environ.get('VD','2'))):
+def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int = 96, vision_layers: int = 2):
     """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in [
         ("image_token_id", IMAGE_PAD), ("video_token_id", "<|video_pad|>"), ("vision_start_token_id", VISION_START),

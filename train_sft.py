@@ -33,6 +33,7 @@ import tyro
 from tqdm import tqdm
 
 import data
+from data import write_atomic
 from model import Policy, load_policy, micro_batches, token_logprobs
 from rollout import Episode, replay
 
@@ -42,8 +43,8 @@ class Config:
     base: str = "tiny"                 # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 600                   # optimizer steps, warm-up included
-    warmup_steps: int = 200            # of them on single plates: perception first
+    steps: int = 620                   # optimizer steps, warm-up included
+    warmup_steps: int = 260            # of them on single plates: perception first
     warmup_batch: int = 64             # single plates per step, and half as many first messages of a search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
@@ -134,16 +135,6 @@ def commit() -> str | None:
 def go_on() -> str:
     """The command that goes on with this run: all flags count, since --resume refuses a changed configuration."""
     return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def save_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -23,6 +23,7 @@ import random
 import re
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -133,7 +134,472 @@ def test_every_kind_and_difficulty_draws(kind, difficulty):
     assert larger.open().size == (320, 320)
 
 
-def fingerprint(seed):
-    probe = data.make_probe("relation", "hard", seed)
-    return [probe.question, probe.answer, str(probe.meta), hash(probe.open().tobytes()) if False else
-            __import__("hashlib").sha256(probe.open().tobytes()).hexdigest()]
+FINGERPRINT = """
+import zlib, data
+probe = data.make_probe("relation", "hard", {seed})
+print(probe.question, probe.answer, probe.meta["items"], zlib.crc32(probe.open().tobytes()))
+"""
+
+
+def test_the_same_seed_gives_the_same_probe_in_every_process(capsys):
+    for hash_seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        out = subprocess.run([sys.executable, "-c", FINGERPRINT.format(seed=5)], capture_output=True, text=True, env=env)
+        exec(FINGERPRINT.format(seed=5))
+        assert out.stdout == capsys.readouterr().out != ""
+    exec(FINGERPRINT.format(seed=6))
+    assert out.stdout != capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_stream():
+    def first(seed):
+        return [(p.question, p.meta) for p in itertools.islice(data.probe_stream(PROBE_KINDS, ("hard",), seed), 5)]
+
+    assert first(1) == first(1) != first(2)
+
+
+def test_a_probe_of_a_stream_is_drawn_when_it_is_opened_and_once():
+    probe = next(data.probe_stream(PROBE_KINDS, ("easy",), 3))
+    assert callable(probe.image)
+    assert probe.open() is probe.open() is probe.image
+
+
+@pytest.mark.parametrize("wrong", [
+    ("colour", "hard", {}), ("sign", "brutal", {}), ("sign", "hard", {"candidates": 5}),
+    ("sign", "hard", {"candidates": 40}), ("sign", "hard", {"candidates": 0}), ("sign", "easy", {"grid": 1}),
+])
+def test_a_probe_that_cannot_be_is_refused(wrong):
+    kind, difficulty, size = wrong
+    with pytest.raises(ValueError, match="choose from|look-alikes"):
+        data.make_probe(kind, difficulty, 0, **size)
+
+
+def test_the_gold_box_contains_the_plate_wherever_it_lies():
+    for (x, y), dx, dy in itertools.product(itertools.product(range(6), repeat=2), (-2.4, 2.4), (-2.4, 2.4)):
+        canvas = Image.new("RGB", (288, 288))
+        data._draw_plate(canvas, [("square", "red"), ("ring", "blue")], (x + 0.5) * 48 + dx, (y + 0.5) * 48 + dy, 48, 20,
+                         random.Random(0))
+        left, top, right, bottom = canvas.getbbox()
+        x0, y0, x1, y1 = crop_pixels(canvas.size, data.cell_box((x, y), 6))
+        assert x0 <= left < right <= x1 and y0 <= top < bottom <= y1
+        assert max(x1 - x0, y1 - y0) <= 50                            # and little else
+
+
+def test_photographs_lie_under_the_plates(tmp_path):
+    probe = data.make_probe("sign", "easy", 1, backgrounds=[PHOTO])
+    again, drawn = data.make_probe("sign", "easy", 1, backgrounds=[PHOTO]), data.make_probe("sign", "easy", 1)
+    assert probe.open().tobytes() == again.open().tobytes() != drawn.open().tobytes()
+    assert probe.meta == drawn.meta
+    (tmp_path / "broken.jpg").write_bytes(Path(PHOTO).read_bytes()[:2000])
+    with pytest.raises(ImageError, match="broken.jpg"):
+        data.make_probe("sign", "easy", 1, backgrounds=[str(tmp_path / "broken.jpg")])
+
+
+def test_nothing_tells_two_sprites_apart_in_the_overview():
+    size = round(DIFFICULTIES["hard"][1] * 48)
+    for family in (SHAPES, LETTERS + DIGITS):
+        near, far = [], []
+        for name in family:
+            canvas = Image.new("RGB", (48, 48), (220,) * 3)
+            sprite = data._sprite(name, data.INK, size, 48 / 16)
+            canvas.paste(sprite, ((48 - size) // 2, (48 - size) // 2), sprite)
+            near.append(np.asarray(canvas, float))
+            far.append(np.asarray(fit_pixels(canvas, 64, 64), float))
+        for i, j in itertools.combinations(range(len(family)), 2):
+            assert abs(near[i] - near[j]).max() > 60                  # grey levels
+            assert abs(far[i] - far[j]).max() < 8
+
+
+def test_a_strong_reader_needs_the_crop():
+    train, probes = ([data.make_probe("attribute", "hard", s) for s in seeds] for seeds in (range(900, 940), range(60)))
+    reader = bench_probes.Overview("attribute", "hard", train)
+    assert sum(reader.answer(p) == p.answer for p in probes) < 27     # of 60; 15 by chance, 60 with plain sprites
+    assert sum(bench_probes.gold_crop(p) == p.answer for p in probes) >= 59
+
+
+def test_options_are_shown_below_the_question():
+    probe = Probe(PHOTO, "What is it?", "B", {"A": "a car", "B": "a rear admiral"})
+    assert probe.prompt() == "What is it?\nA. a car\nB. a rear admiral"
+    assert probe.open().size == (512, 600)
+    with pytest.raises(ImageError, match="nowhere.jpg"):
+        Probe("nowhere.jpg", "?", "").open()
+
+
+# ------------------------------------------------------------------------------------------------ the searcher
+
+def crops_and_answer(texts):
+    *looks, last = [parse_action(text) for text in texts]
+    assert all(isinstance(look, Crop) for look in looks) and isinstance(last, Answer)
+    return [look.box for look in looks], last.text
+
+
+@pytest.mark.parametrize("kind, pattern", itertools.product(PROBE_KINDS, data.PATTERNS))
+def test_the_searcher_never_returns_to_a_plate_and_ends_at_the_target(kind, pattern):
+    for seed, probe in enumerate(layouts(kind, "hard", 40)):
+        boxes, answer = crops_and_answer(data.search_script(probe, random.Random(seed), pattern=pattern))
+        plates = [data.cell_box(item["cell"], 6) for item in probe.meta["items"]]
+        assert len(set(boxes)) == len(boxes) and set(boxes) <= set(plates)
+        assert boxes[-1] == probe.boxes[0] and answer == probe.answer
+
+
+def test_the_expected_number_of_looks_is_half_of_the_plates():
+    for pattern in data.PATTERNS:
+        probes = [data._lay_out("sign", "hard", seed, candidates=20) for seed in range(400)]
+        looks = [len(data.search_script(p, random.Random(s), pattern=pattern)) - 1 for s, p in enumerate(probes)]
+        assert abs(np.mean(looks) - 10.5) < 4 * (20 ** 2 / 12 / 400) ** 0.5
+
+
+def test_trial_and_error_differs_from_time_to_time_and_depth_first_does_not():
+    probe = data._lay_out("sign", "hard", 1)
+    scripts = {p: {str(data.search_script(probe, random.Random(s), pattern=p)) for s in range(9)} for p in data.PATTERNS}
+    assert len(scripts["depth_first"]) == 1 and len(scripts["trial_and_error"]) > 4
+
+
+def test_a_slip_looks_at_an_empty_place_and_is_noticed():
+    probe = data._lay_out("sign", "hard", 2)
+    at = {data.cell_box(item["cell"], 6) for item in probe.meta["items"]}
+    texts = data.search_script(probe, random.Random(0), pattern="depth_first", slip=0.5)
+    boxes, answer = crops_and_answer(texts)
+    slips = [i for i, box in enumerate(boxes) if box not in at]
+    assert slips and answer == probe.answer
+    assert all(("see nothing, no" in texts[i + 1]) == (i in slips) for i in range(len(boxes)))
+
+
+def test_guesses_grow_with_impatience_and_with_misses():
+    probes = layouts("sign", "hard", 400)
+    shares = []
+    for impatience in (0.0, 0.02, 0.06, 0.3):
+        guesses = Counter()
+        for seed, probe in enumerate(probes):
+            texts = data.search_script(probe, random.Random(seed), pattern="depth_first", impatience=impatience)
+            if ", guess</think>" in texts[-1]:
+                guesses[len(texts) - 1] += 1
+        shares.append(sum(guesses.values()) / len(probes))
+        if impatience == 0.02:                                        # the chance is 2 % after one miss, 8 % after four
+            assert guesses[1] < guesses[4]
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] > 0.7
+
+
+def test_the_thoughts_hold_the_goal_beside_what_is_seen():
+    probe = data._lay_out("conjunction", "hard", 4)
+    (_, shape), (_, digit) = probe.meta["checks"]
+    texts = data.search_script(probe, random.Random(0), pattern="depth_first")
+    assert all(f"want {shape}: see " in text for text in texts[1:])
+    assert f"want {shape}: see {probe.answer} {shape}, yes, want {digit}: see {digit}, yes" in texts[-1]
+
+
+def test_scripts_play_without_an_error():
+    for kind in PROBE_KINDS:
+        probe = data.make_probe(kind, "easy", 11)
+        env = CropEnv(probe.open(), probe.prompt(), max_turns=99)
+        env.reset()
+        for text in data.search_script(probe, random.Random(1), pattern="trial_and_error", slip=0.2):
+            env.step(text)
+        assert env.stop == "answer" and not env.errors and grade(env.answer, probe.answer) == 1.0
+
+
+def test_a_single_plate_is_the_target_as_often_as_not():
+    texts = []
+    for seed in range(300):
+        probe = data._lay_out("sign", "hard", seed, grid=1, candidates=1)
+        texts += data.look_script(probe)
+        answered = isinstance(parse_action(texts[-1]), Answer)
+        assert answered == probe.meta["items"][0]["target"] == (", yes, read " in texts[-1])
+    assert 110 < sum("<answer>" in text for text in texts) < 190
+
+
+SETTINGS = dict(trial_share=0.3, impatience=0.06, patient_share=0.3, slip=0.04, max_turns=16)
+
+
+def kept(count, seed=0, **changes):
+    probes = data.probe_stream(PROBE_KINDS, ("easy", "hard"), seed)
+    return list(itertools.islice(data.cold_start(probes, seed, **{**SETTINGS, **changes}), count))
+
+
+def test_every_kept_trajectory_ends_right_and_a_share_is_long():
+    trajectories = kept(80)
+    for t in trajectories:
+        assert (t.stop, t.reward) == ("answer", 1.0) and t.pattern in data.PATTERNS
+        assert crops_and_answer(t.texts)[1] == t.probe.answer
+        assert len(t.texts) <= 16
+    assert np.mean([len(t.texts) > 6 for t in trajectories]) > 0.15
+    assert {t.pattern for t in trajectories} == set(data.PATTERNS)
+    assert any("guess" in t.texts[-1] for t in trajectories)          # guesses that were right by chance stay
+
+
+def test_cold_start_is_reproducible_and_its_shares_are_obeyed():
+    assert [t.texts for t in kept(5)] == [t.texts for t in kept(5)] != [t.texts for t in kept(5, seed=1)]
+    assert {t.pattern for t in kept(8, trial_share=0.0)} == {"depth_first"}
+    assert not any("guess" in t.texts[-1] for t in kept(30, impatience=1.0, patient_share=1.0))
+
+
+# ------------------------------------------------------------------------------------------------ collecting
+
+def test_collect_plays_a_right_a_wrong_a_void_and_an_endless_policy():
+    probes = [data.make_probe("sign", "easy", seed) for seed in range(4)]
+    script = data.search_script(probes[0], random.Random(0), pattern="depth_first")
+    look = '<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
+    lines = [iter(script), iter(["<answer>never</answer>"]), iter([look, "I give up"]), itertools.repeat(look)]
+    right, wrong, void, endless = data.collect(probes, lambda talks: [next(line, "") for line in lines], max_turns=7)
+    assert (right.texts, right.stop, right.reward) == (script, "answer", 1.0)
+    assert (wrong.texts, wrong.stop, wrong.reward) == (["<answer>never</answer>"], "answer", 0.0)
+    assert (void.texts, void.stop, void.reward) == ([look, "I give up"], "void", 0.0)
+    assert (len(endless.texts), endless.stop, endless.reward) == (7, "over_turn", 0.0)
+    assert [t.probe for t in (right, wrong, void, endless)] == probes
+
+
+def test_a_conversation_that_ended_is_none_and_the_others_grow():
+    probes = [data.make_probe("sign", "easy", seed) for seed in range(2)]
+    look = '<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
+    seen = []
+
+    def speak(talks):
+        seen.append([None if talk is None else [message["role"] for message in talk] for talk in talks])
+        return ["<answer>2</answer>", look if len(seen) < 3 else "<answer>4</answer>"]
+
+    data.collect(probes, speak)
+    start, turn = ["system", "user"], ["assistant", "user"]
+    assert seen == [[start, start], [None, start + turn], [None, start + 2 * turn]]
+
+
+def test_collect_grades_options_and_refuses_a_missing_text():
+    probe = Probe(Image.new("RGB", (60, 60)), "Which?", "B", {"A": "red", "B": "blue"})
+    assert data.collect([probe], lambda _: ["<answer>(b) blue</answer>"])[0].reward == 1.0
+    with pytest.raises(ValueError, match="0 texts for 1 conversations"):
+        data.collect([probe], lambda _: [])
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+def test_saved_probes_come_back_as_they_were(tmp_path):
+    probes = [data.make_probe(kind, "medium", 5) for kind in PROBE_KINDS]
+    probes.append(Probe(load_image(PHOTO), "Who\u2028is \u201cshe\u201d?", ["A", "C"], {"A": "x", "B": "y", "C": "z"}))
+    save_probes(iter(probes), tmp_path / "set")
+    for path in (tmp_path / "set", str(tmp_path / "set" / "probes.jsonl")):
+        loaded = load_probes(path)
+        assert len(loaded) == len(probes)
+        for before, after in zip(probes, loaded):
+            for name in data.SAVED:
+                assert getattr(after, name) == getattr(before, name)
+            assert isinstance(after.image, str)                       # opened when it is needed
+            assert after.open().tobytes() == before.open().tobytes()
+    for before, after in zip(probes[:4], loaded):
+        for pattern in data.PATTERNS:
+            texts = [data.search_script(p, random.Random(1), pattern=pattern, slip=0.1) for p in (before, after)]
+            assert texts[0] == texts[1]
+    assert sorted(p.name for p in (tmp_path / "set").rglob("*") if p.is_file()) == sorted(
+        ["probes.jsonl", *(f"{i:05d}.png" for i in range(5))])        # no temporary file left
+
+
+def test_saving_refuses_a_directory_that_holds_something(tmp_path):
+    probe = Probe(Image.new("RGB", (8, 8)), "?", "1")
+    save_probes([probe], tmp_path / "new")
+    with pytest.raises(UserError, match="new is not empty"):
+        save_probes([probe], tmp_path / "new")
+    with pytest.raises(UserError, match="cannot write .*probes.jsonl"):
+        save_probes([probe], tmp_path / "new" / "probes.jsonl")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    data.write_atomic(tmp_path / "a", b"old")
+    with pytest.raises(TypeError):
+        data.write_atomic(tmp_path / "a", "no bytes")
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def write_rows(folder, rows, name="probes.jsonl"):
+    """A set of our own, in a folder with one image a.png; rows that are text are written as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 20), "red").save(folder / "a.png")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return folder / name
+
+
+GOOD = {"image": "a.png", "question": "What color?", "answer": "red"}
+
+
+def test_a_row_by_hand_needs_three_fields_only(tmp_path):
+    file = write_rows(tmp_path, [GOOD, "", {**GOOD, "question": "<image>\nWho?", "category": "x", "meta": {"k": [1]}}, "  "])
+    first, second = load_probes(file)
+    assert (first.question, first.answer, first.options, first.boxes, first.meta) == ("What color?", "red", None, [], {})
+    assert (second.question, second.meta) == ("Who?", {"category": "x", "k": (1,)})
+    assert [len(load_probes(file, limit=n)) for n in (1, 2, 9)] == [1, 2, 2]
+    (tmp_path / "probes.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert load_probes(file)[0].question == "What color?"             # as Windows saves it
+
+
+def visual_probe(parent, folder="VisualProbe_Hard", rows=3, name="val.json"):
+    """A set in the published format, with pictures of our own."""
+    (parent / folder / "data").mkdir(parents=True)
+    listed = []
+    for i in range(rows):
+        Image.new("RGB", (400 + i, 300), (40 * i, 90, 90)).save(parent / folder / "data" / f"visual_probe_hard_{i}.jpg")
+        listed.append({"images": [f"VisualProbe_Hard/data/visual_probe_hard_{i}.jpg"], "doc_id": f"visual_probe_hard_{i}",
+                       "problem": "<image>\nWhat\u2019s the color of the man\u2019s cap?", "solution": " White.",
+                       "data_source": "visual_probe_hard"})
+    (parent / folder / name).write_text(json.dumps(listed), encoding="utf-8")
+    return parent / folder
+
+
+@pytest.mark.parametrize("folder, name", [("VisualProbe_Hard", "val.json"), ("VisualProbe_Hard", "train.json"),
+                                          ("5f3a9c0e", "val.json")])
+def test_visual_probe_sets_load_wherever_they_lie(tmp_path, folder, name):
+    directory = visual_probe(tmp_path, folder, name=name)
+    for path in (directory, directory / name):
+        probes = load_probes(path)
+        assert [p.open().size for p in probes] == [(400, 300), (401, 300), (402, 300)]
+        for i, probe in enumerate(probes):
+            assert probe.question == "What\u2019s the color of the man\u2019s cap?"
+            assert (probe.answer, grade("white", probe.answer)) == (" White.", 1.0)
+            assert (probe.source, probe.difficulty) == ("visual_probe_hard", "hard")
+            assert probe.meta == {"doc_id": f"visual_probe_hard_{i}"} and probe.options is None
+    assert len(load_probes(directory, limit=2)) == 2
+
+
+BAD_ROWS = [
+    ("{'image': 1}", "not JSON"), ('{"image": "a.png"', "not JSON.*cut short"), ("[" * 100_000, "not JSON"),
+    ("[1]", "should be an object"), ("null", "should be an object"),
+    ({"image": "a.png", "question": "?"}, '"answer" is missing, the row has image, question'),
+    ({"question": "?", "answer": "1"}, '"image" is missing'), ({}, '"question" is missing, the row has no keys'),
+    ({**GOOD, "answer": 8}, '"answer" should be text or a list, not 8'),
+    ({**GOOD, "answer": []}, "should be text"), ({**GOOD, "answer": ["a", 2]}, "should be text"),
+    ({**GOOD, "answer": " "}, "no prediction can match"), ({**GOOD, "answer": "x" * 2000}, "no prediction can match"),
+    ({**GOOD, "question": " <image> "}, "question is empty"), ({**GOOD, "question": None}, '"question" should be text'),
+    ({**GOOD, "options": ["red"]}, '"options" should be an object or null'),
+    ({**GOOD, "options": {"A": 1}, "answer": "A"}, "should be text"),
+    ({**GOOD, "options": {"A": "red", "B": "blue"}, "answer": "C"}, "not one of the options"),
+    ({**GOOD, "boxes": [[0, 0, 1]]}, "a box should be"), ({**GOOD, "boxes": [[0.5, 0, 0.5, 1]]}, "a box should be"),
+    ({**GOOD, "boxes": [[0, 0, 200, 100]]}, "a box should be"), ({**GOOD, "boxes": [["0", 0, 1, 1]]}, "a box should be"),
+    ({**GOOD, "boxes": [0, 0, 1, 1]}, "a box should be"), ({**GOOD, "boxes": [[[0], 0, 1, 1]]}, "a box should be"),
+    ({**GOOD, "meta": []}, '"meta" should be an object'), ({**GOOD, "source": 3}, '"source" should be text'),
+    ({**GOOD, "image": "b.png"}, "b.png is missing; is the set complete"), ({**GOOD, "image": ""}, "is missing"),
+    ({**GOOD, "image": None}, '"image" should be text'), ({**GOOD, "image": "a\0.png"}, "is missing"),
+]
+
+
+@pytest.mark.parametrize("row, message", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_errors_name_the_file_and_the_row(tmp_path, row, message):
+    file = write_rows(tmp_path, [GOOD, "", row, GOOD])
+    with pytest.raises(UserError, match=message) as caught:
+        load_probes(file)
+    assert str(caught.value).startswith(f"{file}, row 3: ") and len(str(caught.value)) < len(str(file)) * 2 + 250
+    assert "\n" not in str(caught.value)
+    assert len(load_probes(file, limit=1)) == 1                       # a row that is not asked for is not read
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"images": []}, '"images" should be a list of one path'), ({"images": ["a", "b"]}, "list of one path"),
+    ({"images": "a.jpg"}, '"images" should be a list, not'), ({"images": [3]}, "list of one path"),
+    ({"images": ["VisualProbe_Hard/data/none.jpg"]}, "VisualProbe_Hard/data/none.jpg is missing"),
+    ({"solution": 8}, '"solution" should be text, not 8'), ({"problem": "<image>\n"}, "question is empty"),
+    ({"data_source": None}, '"data_source" should be text'),
+    *[({key: ...}, f'"{key}" is missing, the row has ') for key in ("images", "problem", "solution", "data_source")],
+])
+def test_errors_name_the_row_of_a_visual_probe_set_too(tmp_path, change, message):
+    directory = visual_probe(tmp_path)
+    rows = json.loads((directory / "val.json").read_text())
+    rows[1] = {key: value for key, value in {**rows[1], **change}.items() if value is not ...}
+    (directory / "val.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=message) as caught:
+        load_probes(directory)
+    assert str(caught.value).startswith(f"{directory / 'val.json'}, row 2: ")
+
+
+@pytest.mark.parametrize("escape", ["{root}/secret.png", "../secret.png", "sub/../../secret.png", "../{set}/a.png"])
+def test_an_image_outside_the_set_is_refused(tmp_path, escape):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    name = escape.format(root=tmp_path, set="own")
+    file = write_rows(tmp_path / "own", [{**GOOD, "image": name}])
+    (tmp_path / "own" / "sub").mkdir()
+    with pytest.raises(UserError, match="row 1: the image .* is not under"):
+        load_probes(file)
+    published = visual_probe(tmp_path / "deep")
+    for name in (name, f"VisualProbe_Hard/../../{name}"):
+        row = {"images": [name], "problem": "?", "solution": "1", "data_source": "x"}
+        (published / "val.json").write_text(json.dumps([row]))
+        with pytest.raises(UserError, match="row 1: the image .* is not under"):
+            load_probes(published)
+
+
+def test_a_wrong_path_says_what_to_do(tmp_path):
+    for path, message in ((tmp_path / "none", "no such file or folder.*python data.py --out"),
+                          (tmp_path, "holds no set of probes: give the path of one probes.jsonl")):
+        with pytest.raises(UserError, match=message):
+            load_probes(path)
+    for name, content, message in (("a.txt", "x", "cannot read this kind of file, only .jsonl and .json"),
+                                   ("b.jsonl", "\n \n", "holds no rows"), ("c.json", "[]", "holds no rows"),
+                                   ("d.json", "{}", "should be a list of rows"), ("e.json", "[{", "not JSON"),
+                                   ("f.json", "", "not JSON")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=message) as caught:
+            load_probes(tmp_path / name)
+        assert name in str(caught.value)
+    (tmp_path / "g.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="g.jsonl: cannot be read as UTF-8"):
+        load_probes(tmp_path / "g.jsonl")
+    with pytest.raises(UserError, match="limit=0"):
+        load_probes(write_rows(tmp_path / "own", [GOOD]), limit=0)
+    write_rows(tmp_path / "own", ["[]"], name="val.json")
+    with pytest.raises(UserError, match="holds probes.jsonl and val.json: give the path of one"):
+        load_probes(tmp_path / "own")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.command(data.main, data.Config)
+
+
+def test_the_command_draws_a_set_that_it_can_check(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    load_image(PHOTO).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    run(monkeypatch, "--out", tmp_path / "set", "--count", 5, "--kinds", "sign", "relation", "--difficulties", "easy",
+        "--grid", 4, "--cell", 32, "--seed", 3, "--backgrounds", tmp_path / "photos")
+    out = capsys.readouterr().out
+    assert "  | 1. <think>" in out and "stop: answer  reward 1" in out and "sheet.png" in out
+    sheet = Image.open(tmp_path / "set" / "sheet.png")
+    assert sheet.width > 6 * 128 and sheet.height > 2 * 128
+    probes = load_probes(tmp_path / "set")
+    assert {p.source for p in probes} == {"sign", "relation"} and {p.open().size for p in probes} == {(128, 128)}
+    run(monkeypatch, "--check", tmp_path / "set")
+    out = capsys.readouterr().out
+    assert "5 rows" in out and "128 x 128 5" in out and probes[0].question in out
+    run(monkeypatch, "--out", tmp_path / "again", "--count", 5, "--kinds", "sign", "relation", "--difficulties", "easy",
+        "--grid", 4, "--cell", 32, "--seed", 3, "--backgrounds", tmp_path / "photos")
+    again = load_probes(tmp_path / "again")
+    assert [(p.question, p.open().tobytes()) for p in again] == [(p.question, p.open().tobytes()) for p in probes]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "give either --out DIR"), (["--out", "x", "--check", "y"], "give either --out DIR"),
+    (["--check", "none"], "none: no such file"), (["--out", "full"], "full is not empty"),
+    (["--out", "x", "--kinds", "colour"], "kinds are attribute, .* not colour"), (["--out", "x", "--kinds"], "kinds are"),
+    (["--out", "x", "--difficulties", "brutal"], "not brutal"), (["--out", "x", "--difficulties"], "difficulties are"),
+    (["--out", "x", "--grid", "4"], "a grid of 5 to 26"), (["--out", "x", "--grid", "27"], "a grid of 5 to 26"),
+    (["--out", "x", "--cell", "4"], "16 pixels"), (["--out", "x", "--count", "0"], "a count of 1"),
+    (["--out", "x", "--backgrounds", "none"], "no image files in none"),
+    (["--out", "x", "--backgrounds", "texts"], "no image files in texts"),
+    (["--out", "x", "--backgrounds", "full"], "full/broken.jpg: "),
+])
+def test_a_mistake_at_the_keyboard_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and re.search(message, errors[0])
+
+
+def test_the_check_opens_every_image(tmp_path, monkeypatch, capsys):
+    directory = visual_probe(tmp_path)
+    photo = directory / "data" / "visual_probe_hard_2.jpg"
+    photo.write_bytes(photo.read_bytes()[:-600])
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--check", directory)
+    assert "visual_probe_hard_2.jpg: " in capsys.readouterr().err
