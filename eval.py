@@ -51,7 +51,7 @@ class Config:
     difficulties: tuple[str, ...] = ("hard",)  # of fresh probes, drawn evenly
     data: Path | None = None           # probes: our JSONL or a published set; default: fresh ones, never trained on
     samples: int = 1                   # K episodes per probe: Avg@K
-    turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)
+    turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve; episodes run to the largest
     trained_limit: int = 6             # marked in the figure
     control: Literal["none", "blind", "overview", "black_crop"] = "none"
     temperature: float = 1.0

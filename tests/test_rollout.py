@@ -31,6 +31,7 @@ from env import Answer, Crop, CropEnv, format_action
 from model import load_policy, mrope_positions, token_logprobs
 from rollout import (Config, Episode, SlotCache, boxes_in_original, describe, draw_search, main, messages, replay, rollout)
 
+Row = rollout_module.Row
 SIZES = ((288, 288), (200, 120), (90, 300), (64, 40))
 
 
@@ -63,7 +64,7 @@ def say(monkeypatch):
     and log-probs are the real ones.
     """
     def play(policy, probes, scripts, **options):
-        class Forced(rollout_module.Row):
+        class Forced(Row):
             def __init__(self, index, transcript, seed):
                 super().__init__(index, transcript, seed)
                 said = [[*policy.encode(text), policy.im_end] if isinstance(text, str) else text for text in scripts[index]]
@@ -134,8 +135,8 @@ def test_what_was_sampled_has_the_same_log_prob_in_training(family, slots, ragge
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_and_training_agree_on_free_episodes(talkative, temperature):
-    episodes = free_episodes(talkative, temperature=temperature, slots=5, max_context=400)
-    assert {"over_turn", "over_context"} <= {e.stop for e in episodes}
+    episodes = free_episodes(talkative, temperature=temperature, slots=5, max_context=140)
+    assert "over_context" in {e.stop for e in episodes} and len({e.stop for e in episodes}) > 1
     with torch.no_grad():
         trained = token_logprobs(talkative, episodes, temperature)
     for row, episode in zip(trained, episodes):
@@ -176,11 +177,6 @@ def test_a_group_is_adjacent_and_its_episodes_differ(talkative):
     assert len(episodes) == 12
     assert all(episode.probe is probes[i // 3] for i, episode in enumerate(episodes))
     assert len({tuple(e.token_ids) for e in episodes}) == 12
-
-
-def test_the_tokens_are_not_the_same_in_every_turn(talkative):
-    texts = [messages(talkative, e) for e in free_episodes(talkative)]
-    assert all(len(set(said)) == len(said) for said in texts if len(said) > 1)
 
 
 def test_temperature_0_takes_the_most_likely_token(talkative):
@@ -516,9 +512,6 @@ def test_the_command_searches_a_photo_and_draws_where(saved, tmp_path, monkeypat
              "--max_turn_tokens", 20, "--out", out, "--device", "cpu"]
     run(monkeypatch, *words)                                                       # whatever a random policy says
     assert "stop: void" in capsys.readouterr().out and Image.open(out).size == (900, 540)
-    forced = rollout_module.Row
-    say(policy, [], [])                                                            # leaves the forced sampling in place
-    assert rollout_module.Row is not forced
     script = [look((0.5, 0.5, 1.0, 1.0)), answer("red")]
     monkeypatch.setattr(rollout_module, "rollout", lambda policy, probes, **options: say(policy, probes, [script], **options))
     run(monkeypatch, *words)
