@@ -361,3 +361,37 @@ def micro_batches(episodes: list, budget: int) -> list[list]:
             batches.append([])
         batches[-1].append(episode)
     return batches
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+@dataclass(frozen=True)
+class Config:
+    base: str = "tiny"                 # "tiny", a Hugging Face id, or a directory
+    lora_rank: int | None = None       # adapters of this rank on the language model
+    quantize: str | None = None        # "nf4": the language model in 4 bits
+    device: str | None = None          # default: cuda if there is one
+
+
+def main(cfg: Config) -> None:
+    policy = load_policy(cfg.base, lora_rank=cfg.lora_rank, quantize=cfg.quantize, device=cfg.device)
+    parts: dict[str, list[int]] = {}
+    for name, weight in policy.model.named_parameters():
+        part = "vision tower" if ".visual." in f".{name}" else "embeddings" if "embed" in name or "lm_head" in name else "language model"
+        row = parts.setdefault("adapters" if "lora_" in name else part, [0, 0, 0])
+        for column, value in enumerate((weight.numel(), weight.numel() * weight.requires_grad, weight.nbytes)):
+            row[column] += value
+    parts["in all"] = [sum(column) for column in zip(*parts.values())]
+    print(f"{'':16s}{'parameters':>16s}{'trainable':>16s}{'bytes':>16s}      (4-bit weights: two to a parameter)")
+    for name, row in parts.items():
+        print(f"{name:16s}" + "".join(f"{value:16,d}" for value in row))
+    probe = data.make_probe("attribute", "hard", 0)
+    p = policy.protocol
+    talk = env.CropEnv(probe.image, probe.question, 6, p.min_pixels, p.max_pixels, None, p.system_prompt).reset()
+    ids, _ = policy.render(talk)
+    print(f"vocabulary {len(policy.tokenizer)}; a prompt in {len(ids)} tokens:")
+    print(" ".join(repr(policy.decode([i])) for i in ids if i != policy.image_pad))
+
+
+if __name__ == "__main__":
+    data.command(main, Config)

@@ -35,7 +35,7 @@ class Config:
     init: Path = Path("runs/sft")      # the policy to start from: a run directory of train_sft.py
     out: Path = Path("runs/rl")        # run directory
     seed: int = 0                      # questions and sampling
-    steps: int = 60                    # rollout phases
+    steps: int = 40                    # rollout phases
     questions: int = 24                # Q, groups with spread per step
     group_size: int = 8                # G, rollouts per question
     updates: int = 2                   # optimizer steps per rollout phase, each on its share of the questions
@@ -198,6 +198,7 @@ def main(cfg: Config) -> None:
         sampled_tokens = sum(int(e.assistant_mask.sum()) for e in everything)
         metrics = {
             "step": step + 1, "reward": mean([e.reward for e in everything]),
+            "accuracy": mean([e.reward for e in everything if e.stop == "answer"]),
             **{f"stop/{name}": mean([e.stop == name for e in everything]) for name in STOPS},
             "wrong": mean([e.stop == "answer" and e.reward == 0 for e in everything]),
             "turns": mean([e.turns for e in everything]), "crops": mean([len(e.crops) for e in everything]),
@@ -208,12 +209,14 @@ def main(cfg: Config) -> None:
             "grad_norm": mean(norms), "trained_tokens": trained_tokens,
             "time/rollout": rolled_at - began, "time/step": time.time() - began,
             "tokens_per_second": sampled_tokens / (rolled_at - began), "memory_gb": peak_gb()}
+        metrics["time/eta"] = (cfg.steps - step - 1) * metrics["time/step"]
         log(cfg.out, metrics)
         tqdm.write(f"step {step + 1:3d}  reward {metrics['reward']:.2f}  wrong {metrics['wrong']:.2f}  "
                    f"over-turn {metrics['stop/over_turn']:.2f}  void {metrics['stop/void']:.2f}  "
                    f"turns {metrics['turns']:.1f}  entropy {metrics['entropy']:.3f}  "
                    f"clip {metrics['clip_fraction']:.3f}  grad {metrics['grad_norm']:.2f}  "
-                   f"{metrics['time/rollout']:.1f} + {metrics['time/step'] - metrics['time/rollout']:.1f} s")
+                   f"{metrics['time/rollout']:.1f} + {metrics['time/step'] - metrics['time/rollout']:.1f} s  "
+                   f"{metrics['memory_gb']:.1f} GB  {metrics['time/eta'] / 60:.0f} min left")
         if step % cfg.show_every == 0 and groups:
             tqdm.write(describe(policy, groups[0][0]) + f"  advantage {advantages[0, 0]:+.2f}")
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
