@@ -40,7 +40,7 @@ class Config:
     group_size: int = 8                # G, rollouts per question
     updates: int = 2                   # optimizer steps per rollout phase, each on its share of the questions
     max_rounds: int = 3                # rollout rounds per step to find Q groups with spread
-    lr: float = 2e-4                   # constant (AdamW)
+    lr: float = 6e-5                   # constant (AdamW)
     grad_clip: float = 1.0             # largest gradient norm
     clip_low: float = 0.2              # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.3
