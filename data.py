@@ -204,8 +204,8 @@ def _scene(kind: str, count: int, rng: random.Random) -> tuple[str, list[dict], 
         elif kind == "sign":
             parts = (letter if target else _other(LETTERS, letter, rng), answer, color)
         elif kind == "conjunction":        # look-alikes share the shape or the digit, never both
-            parts = (shape if target or half else other_shape, digit if target or not half else _other(DIGITS, digit, rng),
-                     answer)
+            other_digit = _other(DIGITS, digit, rng)
+            parts = (shape if target or half else other_shape, digit if target or not half else other_digit, answer)
         elif target or not half:           # relation: half of the look-alikes hold the shape, left of the digit
             parts = (answer, shape if target else other_shape, color)
         else:
@@ -272,7 +272,8 @@ def _draw(meta: dict, difficulty: str, cell: int, backgrounds: list[str] | None,
     return ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
 
 
-def _draw_plate(image: Image.Image, parts: tuple[str, str, str], x: float, y: float, cell: int, size: int, tone: int) -> None:
+def _draw_plate(image: Image.Image, parts: tuple[str, str, str], x: float, y: float, cell: int, size: int,
+                tone: int) -> None:
     """A grey plate centered on pixel (x, y): two glyphs side by side, and a bar of its color below them."""
     left, right, color = parts
     w, h, bar = 0.92 * cell, 0.62 * cell, 0.14 * cell
@@ -522,7 +523,7 @@ def search_script(probe: Probe, rng: random.Random, *, pattern: str, impatience:
     going on.
     """
     grid, at = probe.meta["grid"], {item["cell"]: item for item in probe.meta["items"]}
-    order = sorted(at, key=lambda cell: (cell[1] // 2, cell[0] // 2, cell[1], cell[0]))    # region by region, 2 x 2 cells
+    order = sorted(at, key=lambda cell: (cell[1] // 2, cell[0] // 2, cell[1], cell[0]))    # regions of 2 x 2
     empty = [(x, y) for y in range(grid) for x in range(grid) if (x, y) not in at]
     if pattern == "trial_and_error":
         rng.shuffle(order)

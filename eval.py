@@ -29,7 +29,6 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
-import tyro
 from PIL import Image
 
 import data
@@ -53,7 +52,7 @@ class Config:
     samples: int = 1                   # K episodes per probe: Avg@K
     turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve; episodes run to the largest
     trained_limit: int = 6             # marked in the figure
-    control: Literal["none", "blind", "overview", "black_crop"] = "none"
+    control: Literal["none", "blind", "overview", "black_crop"] = "none"  # what is hidden from the policy, see above
     temperature: float = 1.0
     max_context: int = 16384           # tokens per episode before its last turn
     max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void (real bases: 1024)

@@ -20,7 +20,7 @@ Read next: rollout.py.
 """
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +99,9 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int =
             initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id),
         vision_config=dict(
-            depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=vision_width // 16, patch_size=8,
-            spatial_merge_size=2, temporal_patch_size=1, window_size=64, out_hidden_size=width,
+            depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width,
+            num_heads=vision_width // 16, patch_size=8, spatial_merge_size=2, temporal_patch_size=1, window_size=64,
+            out_hidden_size=width,
             fullatt_block_indexes=list(range(vision_layers)), initializer_range=0.05),
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **ids)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
@@ -113,7 +114,7 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int =
     return model
 
 
-# ------------------------------------------------------------------------------------------------ attention of the tower
+# ------------------------------------------------------------------------------------------------ the tower's attention
 
 def batched_windows(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
     """Attention inside each window or image, windows of equal length in one call: (1, H, N, D) -> (1, N, H, D).
@@ -139,7 +140,7 @@ def batched_windows(module, query, key, value, attention_mask=None, scaling=None
 
 
 AttentionInterface.register("flash_batched_windows", batched_windows)
-transformers.utils.logging.disable_progress_bar()                                # of loading and saving: ours are enough
+transformers.utils.logging.disable_progress_bar()       # of loading and saving: ours are enough
 
 
 # ------------------------------------------------------------------------------------------------ the policy
@@ -290,7 +291,8 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
         model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora_rank:
         model.requires_grad_(False)
-        config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS,
+                                 task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config)
     return Policy(model, tokenizer, processor, protocol, name)
 
@@ -347,14 +349,14 @@ def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> 
         positions[:, row, :n] = torch.from_numpy(own)
     ids, sampled, positions = (t.to(policy.device) for t in (ids, sampled, positions))
     hidden = policy.base.model(input_ids=ids, position_ids=positions, use_cache=False, **pixels).last_hidden_state
-    before = F.pad(sampled[:, 1:], (0, 1))                                           # (B, T) a token is predicted one earlier
+    before = F.pad(sampled[:, 1:], (0, 1))                                           # (B, T) where it is predicted
     logprobs = sampled_logprobs(policy, hidden[before], temperature)                 # (N, V)
     chosen = logprobs.gather(1, ids[sampled][:, None])[:, 0]                         # (N,)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(sampled, chosen)
 
 
 def micro_batches(episodes: list, budget: int) -> list[list]:
-    """Splits episodes, sorted by length, so that rows x longest row stays within `budget` tokens (a row always fits)."""
+    """Splits episodes, sorted by length, so that rows x longest row stays within `budget` tokens; one always fits."""
     batches: list[list] = []
     for episode in sorted(episodes, key=lambda e: len(e.token_ids)):
         if not batches or (len(batches[-1]) + 1) * len(episode.token_ids) > budget:
@@ -377,8 +379,10 @@ def main(cfg: Config) -> None:
     policy = load_policy(cfg.base, lora_rank=cfg.lora_rank, quantize=cfg.quantize, device=cfg.device)
     parts: dict[str, list[int]] = {}
     for name, weight in policy.model.named_parameters():
-        part = "vision tower" if ".visual." in f".{name}" else "embeddings" if "embed" in name or "lm_head" in name else "language model"
-        row = parts.setdefault("adapters" if "lora_" in name else part, [0, 0, 0])
+        named = (("adapters", "lora_"), ("vision tower", "visual."), ("embeddings", "embed_tokens"),
+                 ("head", "lm_head"))
+        part = next((part for part, mark in named if mark in name), "language model")
+        row = parts.setdefault(part, [0, 0, 0])
         for column, value in enumerate((weight.numel(), weight.numel() * weight.requires_grad, weight.nbytes)):
             row[column] += value
     parts["in all"] = [sum(column) for column in zip(*parts.values())]

@@ -16,21 +16,20 @@ CropEnv, which answers with an observation or ends the episode. Every image is e
 Read next: train_sft.py.
 """
 import random
-import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import data
-from env import Crop, CropEnv, ImageError, crop_pixels, fit_pixels, grade, load_image
+from env import Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
 from model import Policy, load_policy, mrope_positions, sampled_logprobs
 
 
@@ -154,7 +153,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _, heads, _, dim = key_states.shape
         shape = (self.cache.slots, heads, self.cache.capacity, dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=t.dtype, device=t.device) for t in (key_states, value_states))
+        self.keys, self.values = (key_states.new_zeros(shape), value_states.new_zeros(shape))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
@@ -197,7 +196,7 @@ class SlotCache(Cache):
             for layer in self.layers:
                 if layer.is_initialized:
                     room = (0, 0, 0, self.capacity - layer.keys.shape[2])
-                    layer.keys, layer.values = torch.nn.functional.pad(layer.keys, room), torch.nn.functional.pad(layer.values, room)
+                    layer.keys, layer.values = F.pad(layer.keys, room), F.pad(layer.values, room)
         return torch.arange(self.visible, device=rows.device) <= self.columns[:, None, :, None]
 
     def keep(self, rows: Tensor) -> None:
@@ -234,7 +233,8 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     max_context: tokens of a conversation before its last turn. max_turn_tokens: a longer turn is cut, and void.
     temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
     depend on `slots`. make_env: the world, for controls. force_answer: the last allowed turn begins with "<answer>",
-    written for the policy and not counted as sampled. progress: a label for a progress bar. Raises ValueError for a prompt beyond max_context.
+    written for the policy and not counted as sampled. progress: a label for a progress bar. Raises ValueError for a
+    prompt beyond max_context.
     """
     queue = deque((i, probe) for i, probe in enumerate(p for p in probes for _ in range(group_size)))
     slots = min(slots, len(queue))
@@ -290,7 +290,8 @@ def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: lis
         row, i = rows[slot], slot if whole else turn.index(slot)
         new = np.array(row.transcript.ids[row.cached:])
         ids[i, :len(new)] = new
-        positions[:, i, :len(new)], row.position = mrope_positions(new, grids, policy.image_pad, policy.merge, row.position)
+        positions[:, i, :len(new)], row.position = mrope_positions(new, grids, policy.image_pad, policy.merge,
+                                                                   row.position)
         row.cached += len(new)
     to = policy.device
     mask = cache.address(torch.tensor(batch, device=to), torch.tensor(starts, device=to), length)

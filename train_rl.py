@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import transformers
-import tyro
 from tqdm import tqdm
 
 import data
@@ -163,7 +162,7 @@ def stop_on_signal() -> list:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print(f"\nstopping after this step (again to stop at once)", file=sys.stderr)
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)

@@ -1,11 +1,11 @@
 """The acceptance gate of the probes: five accuracies that say whether a probe can be answered without a search.
 
     blind        the question alone: the answer that was most often right
-    overview     the 48 x 48 view of the whole image, as the tiny policy sees it. A strong reader: it knows every cell
-                 that holds a plate, has a template of every possible plate at 25 offsets, drawn and reduced by the same
-                 code, and the covariance of what clutter and light add; it weighs all plates and offsets (Bayes)
+    overview     the 48 x 48 view of the whole image, as the tiny policy sees it. A strong reader: it knows every
+                 cell that holds a plate, has a template of every possible plate at 25 offsets, drawn and reduced by
+                 the same code, and the covariance of what clutter and light add; it weighs all plates and offsets
     black crops  a crop of every plate, but black: what the positions of crops alone give away
-    gold crop    the one right crop at 48 x 48, read by normalised correlation with templates of every plate
+    gold crop    the one right crop at 48 x 48, read glyph by glyph, by correlation over offsets
     all crops    a crop of every plate: the reader has to find the right one too
 
 A kind is admitted when, on hard, the first three are at chance (25 %, within 5 points) and the last two above 97 %.
@@ -32,8 +32,7 @@ from env import crop_pixels, fit_pixels                             # noqa: E402
 CELL, GRID, VIEW = 48, 6, 48                       # pixels per cell, cells per side, pixels per side of a view
 PATCH = VIEW // GRID                               # a cell in the overview: 8 x 8 pixels
 GREY, TONE = 96, 220                               # what clutter and plates are on average
-INSIDE = (slice(10, 38), slice(3, 45))             # rows, columns of a crop that a plate covers wherever it lies
-SHARP = 2000.0                                     # log-likelihood per unit of correlation: differences of 0.002 count
+SHARP = 200.0                                      # log-likelihood per unit of correlation
 
 Plate = tuple[tuple[str, str, str], str]           # parts, answer
 
@@ -45,25 +44,26 @@ def plates(kind: str) -> list[Plate]:
         "attribute": itertools.product(shapes, letters, colors),
         "sign": itertools.product(letters, digits, colors),
         "conjunction": itertools.product(shapes, digits, colors),
-        "relation": itertools.chain(itertools.product(digits, shapes, colors), itertools.product(shapes, digits, colors)),
+        "relation": [*itertools.product(digits, shapes, colors), *itertools.product(shapes, digits, colors)],
     }[kind]
     return [(p, p[2] if kind in ("attribute", "conjunction") else next(name for name in p if name in digits))
             for p in parts]
 
 
-def templates(shown: list[Plate], difficulty: str, offsets: tuple[float, ...], side: int) -> np.ndarray:
-    """(P plates, J offsets, side, side, 3): cells with a plate on plain grey, drawn as in a probe and then reduced."""
+def templates(shown: list[Plate], difficulty: str, offsets: tuple[float, ...]) -> np.ndarray:
+    """(P plates, J offsets, 8 * 8 * 3): cells with a plate on plain grey, drawn as in a probe and then reduced."""
     columns = 24
     rows = -(-len(shown) // columns)
     cells = []
     for dx, dy in itertools.product(offsets, repeat=2):
-        canvas = Image.new("RGB", (columns * 2 * CELL, rows * 2 * CELL), (GREY,) * 3)       # every second cell is empty
+        canvas = Image.new("RGB", (columns * 2 * CELL, rows * 2 * CELL), (GREY,) * 3)     # every second cell is empty
         for i, (parts, _) in enumerate(shown):
             x, y = (2 * (i % columns) + 0.5) * CELL + dx, (2 * (i // columns) + 0.5) * CELL + dy
             data._draw_plate(canvas, parts, x, y, CELL, round(data.DIFFICULTIES[difficulty][1] * CELL), TONE)
-        pixels = rows * columns * 4 * side * side
-        small = np.asarray(fit_pixels(canvas, pixels, pixels), np.float32).reshape(rows, 2, side, columns, 2, side, 3)
-        cells.append(small[:, 0, :, :, 0].transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)[:len(shown)])
+        pixels = rows * columns * 4 * PATCH * PATCH
+        small = np.asarray(fit_pixels(canvas, pixels, pixels), np.float32)
+        small = small.reshape(rows, 2, PATCH, columns, 2, PATCH, 3)[:, 0, :, :, 0].transpose(0, 2, 1, 3, 4)
+        cells.append(small.reshape(rows * columns, -1)[:len(shown)])
     return np.stack(cells, 1)
 
 
@@ -88,14 +88,13 @@ def vote(fit: np.ndarray, probe: data.Probe, shown: list[Plate]) -> str:
 
 
 class OverviewReader:
-    """Knows the plates of one kind and difficulty, reduced to D = 8 * 8 * 3 numbers, and the clutter of some probes."""
+    """Knows the plates of one kind and difficulty, reduced to D = 8 * 8 * 3 numbers, and what clutter adds."""
 
     def __init__(self, kind: str, difficulty: str, training: list[data.Probe]):
         self.shown = plates(kind)
-        known = templates(self.shown, difficulty, (-1, -0.5, 0, 0.5, 1), PATCH)
-        known = known.reshape(len(self.shown), -1, PATCH * PATCH * 3)                       # (P, J, D)
+        known = templates(self.shown, difficulty, (-1, -0.5, 0, 0.5, 1))                    # (P, J, D)
         index = {parts: i for i, (parts, _) in enumerate(self.shown)}
-        truth = known[[index[item["parts"]] for probe in training for item in probe.meta["items"]]]      # (N, J, D)
+        truth = known[[index[item["parts"]] for probe in training for item in probe.meta["items"]]]     # (N, J, D)
         patches = np.concatenate([self.patches(probe) for probe in training])               # (N, D)
         mean, self.whiten = 0.0, np.eye(patches.shape[1], dtype=np.float32)
         for _ in range(2):                     # which offset fits best, what is left over; then again in its metric
@@ -119,24 +118,47 @@ class OverviewReader:
 
 
 class CropReader:
-    """Reads crops in native pixels; a crop that is black all over fits every plate alike."""
+    """Reads crops in native pixels, each glyph by the best correlation over offsets, then the color of the bar.
+
+    A crop that is black all over fits every plate alike.
+    """
 
     def __init__(self, kind: str, difficulty: str):
         self.shown = plates(kind)
-        known = templates(self.shown, difficulty, (-1, 0, 1), CELL)[:, :, *INSIDE]
-        self.known = self._normal(known.reshape(len(self.shown), known.shape[1], -1))       # (P, J, D)
+        self.size = round(data.DIFFICULTIES[difficulty][1] * CELL)
+        self.glyphs = data.SHAPES + data.LETTERS + data.DIGITS
+        inks = [np.asarray(data._sprite(name, self.size, CELL / 16), np.float32)[..., 3] for name in self.glyphs]
+        self.inks = _normal(-np.stack(inks).reshape(len(inks), -1))                         # (glyphs, size * size)
+        self.colors = np.array(list(data.COLORS.values()), np.float32)
+        colors, names = list(data.COLORS), self.glyphs
+        self.columns = np.array([[names.index(p[0]), names.index(p[1]), colors.index(p[2])] for p, _ in self.shown])
 
-    def _normal(self, pixels: np.ndarray) -> np.ndarray:
-        pixels = pixels - pixels.mean(-1, keepdims=True)
-        return pixels / np.maximum(np.linalg.norm(pixels, axis=-1, keepdims=True), 1e-6)
+    def read(self, crop: Image.Image) -> np.ndarray:
+        """(P,) log-likelihoods of the plates that the crop may show."""
+        pixels = np.asarray(crop.resize((VIEW, VIEW), Image.Resampling.LANCZOS), np.float32)
+        grey = np.pad(pixels.mean(2), 8, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(grey, (self.size, self.size))
+        top = 8 + round(VIEW / 2 - 0.07 * CELL - self.size / 2)
+        fits = []
+        for center in (VIEW / 2 - 0.22 * CELL, VIEW / 2 + 0.22 * CELL):
+            left = 8 + round(center - self.size / 2)
+            near = windows[top - 3:top + 4, left - 3:left + 4].reshape(49, -1)
+            fits.append((self.inks @ _normal(near).T).max(1))                               # (glyphs,)
+        bar = pixels[33:37, 8:40].mean((0, 1))
+        fits.append(_normal(self.colors) @ _normal(bar))
+        return SHARP * sum(fit[column] for fit, column in zip(fits, self.columns.T))
 
     def answer(self, probe: data.Probe, boxes: list, black: bool = False) -> str:
-        """What the crops say together, each in an episode of its own."""
+        """What the crops say together."""
         crops = [probe.open().crop(crop_pixels(probe.open().size, box)) for box in boxes]
         crops = [Image.new("RGB", crop.size) if black else crop for crop in crops]
-        views = [np.asarray(fit_pixels(crop, VIEW * VIEW, VIEW * VIEW), np.float32)[INSIDE].ravel() for crop in crops]
-        fit = SHARP * self._normal(np.stack(views)) @ self.known.reshape(-1, self.known.shape[-1]).T
-        return vote(fit.reshape(len(crops), len(self.shown), -1).max(2), probe, self.shown)
+        return vote(np.stack([self.read(crop) for crop in crops]), probe, self.shown)
+
+
+def _normal(rows: np.ndarray) -> np.ndarray:
+    """Mean 0 and length 1 along the last axis; a constant row becomes 0."""
+    rows = rows - rows.mean(-1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-3)
 
 
 def readers(kind: str, difficulty: str, training: list[data.Probe]) -> dict[str, Callable[[data.Probe], str]]:

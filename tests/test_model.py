@@ -2,7 +2,7 @@
 
 Lines worth flipping, each with the test that then fails:
     encode             split_special_tokens=False            -> what_a_text_says_never_becomes_a_control_token
-    render             text parts encoded one by one         -> a_conversation_has_the_token_layout_of_the_chat_template
+    encode_parts       strings encoded one by one            -> neighbouring_texts_are_encoded_as_one
     mrope_positions    start + max(h, w) -> start + h * w    -> positions_equal_those_of_transformers
     batched_windows    without the final argsort             -> windows_in_batches_equal_the_loop_of_transformers
     load_policy        skip "visual", not "model.visual"     -> four_bits_stay_out_of_the_tower_and_the_head
@@ -12,7 +12,6 @@ Lines worth flipping, each with the test that then fails:
 """
 import math
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,6 +255,8 @@ def test_a_saved_tiny_policy_comes_back_the_same(ragged, tmp_path):
     ragged.save(tmp_path)
     again = load_policy(str(tmp_path), device="cpu")
     assert again.protocol == RAGGED and again.name == str(tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "protocol.json"} <= files
     ours, theirs = dict(ragged.model.state_dict()), again.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(ragged.banned, again.banned)
@@ -478,11 +479,18 @@ def test_micro_batches_are_no_smaller_than_they_must_be():
     assert len(micro_batches(episodes, 10**9)) == 1
 
 
-# ---------------------------------------------------------------------------------------------- files again
+# ---------------------------------------------------------------------------------------------- the command
 
 
-def test_a_policy_stands_in_files_that_anyone_can_read(policy, tmp_path):
-    policy.save(tmp_path)
-    names = {path.name for path in Path(tmp_path).iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "protocol.json"} <= names
-    assert model_module.TINY_PROTOCOL == load_policy(str(tmp_path), device="cpu").protocol
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_the_command_counts_every_weight_once(qwen25_dir, capsys, lora_rank):
+    model_module.main(model_module.Config(qwen25_dir, lora_rank=lora_rank, device="cpu"))
+    network = load_policy(qwen25_dir, lora_rank=lora_rank, device="cpu").model
+    rows = {line[:16].strip(): line[16:].split()[:3] for line in capsys.readouterr().out.splitlines()[1:]}
+    table = {name: [int(cell.replace(",", "")) for cell in row] for name, row in rows.items() if row and row[0][0].isdigit()}
+    whole = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert table.pop("in all") == [whole, trained, 4 * whole]
+    assert [sum(column) for column in zip(*table.values())] == [whole, trained, 4 * whole]
+    assert table["vision tower"][0] == sum(p.numel() for p in load_policy(qwen25_dir, device="cpu").base.model.visual.parameters())
+    assert ("adapters" in table) == (lora_rank is not None) and (lora_rank is None or table["adapters"][0] == trained)
