@@ -64,7 +64,7 @@ def command(main: Callable, config: type) -> None:
     try:
         main(tyro.cli(config))
     except (UserError, ImageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)       # on a line of its own, also when a bar is on the screen
         sys.exit(2)
 
 
@@ -148,7 +148,7 @@ def _sprite(name: str, size: int, blur_pixels: float) -> Image.Image:
     blur = np.exp(-0.5 * ((at[:, None] - at) / blur_pixels) ** 2)
     blur /= blur.sum(1, keepdims=True)
     ink = _ink(name, size)
-    for _ in range(80):
+    for _ in range(300):
         ink = np.clip(ink + blur @ (goal - ink) @ blur.T, 0, 1)
     sprite = Image.new("RGBA", (size, size), INK)
     sprite.putalpha(Image.fromarray(np.uint8(255 * ink)))
@@ -675,13 +675,14 @@ def draw_set(cfg: Config) -> None:
     stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, grid=cfg.grid, cell=cfg.cell, backgrounds=photos)
     shown: list[Probe] = []                               # only these stay in memory
 
-    def drawn() -> Iterator[Probe]:
-        for probe in tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes"):
+    def chosen(bar: tqdm) -> Iterator[Probe]:
+        for probe in bar:
             if sum(p.source == probe.source for p in shown) < 3:
                 shown.append(probe)
             yield probe
 
-    save_probes(drawn(), cfg.out)
+    with tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes") as bar:
+        save_probes(chosen(bar), cfg.out)
     png = io.BytesIO()
     draw_sheet(shown).save(png, "PNG")
     write_atomic(cfg.out / "sheet.png", png.getvalue())
@@ -693,7 +694,8 @@ def draw_set(cfg: Config) -> None:
 def check_set(path: Path) -> None:
     """Prints what load_probes makes of a set, and opens every image."""
     probes = load_probes(path)
-    sizes = Counter("{} x {}".format(*probe.open().size) for probe in tqdm(probes, desc="images"))
+    with tqdm(probes, desc="images") as bar:
+        sizes = Counter("{} x {}".format(*probe.open().size) for probe in bar)
     counts = {"sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
               "answers": Counter(str(p.answer) for p in probes), "image sizes": sizes}
     print(f"{path}: {len(probes)} rows")

@@ -87,8 +87,9 @@ def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
 def mean_and_error(per_question: list[list[float]]) -> tuple[float, float]:
     """Mean over questions of the mean over samples, and its standard error over questions (0 for one question).
 
-    >>> mean_and_error([[1, 0], [1, 1], [0, 0]])
-    (0.5, 0.28867513459481287)
+    >>> mean, error = mean_and_error([[1, 0], [1, 1], [0, 0]])
+    >>> mean, round(error, 6)
+    (0.5, 0.288675)
     """
     means = [statistics.fmean(samples) for samples in per_question]
     return statistics.fmean(means), statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0

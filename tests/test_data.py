@@ -103,7 +103,7 @@ def test_look_alikes_share_a_part_with_the_target(kind):
 
 @pytest.mark.parametrize("kind", PROBE_KINDS)
 def test_nothing_but_the_plate_gives_the_answer_away(kind):
-    probes = layouts(kind, "hard", 3000)
+    probes = layouts(kind, "hard", 1500)
     answers = sorted({p.answer for p in probes})
     for feature in (lambda p: 0, lambda p: p.question, lambda p: p.meta["k"], lambda p: p.boxes[0][:2]):
         counts = Counter((feature(p), p.answer) for p in probes)
@@ -113,13 +113,13 @@ def test_nothing_but_the_plate_gives_the_answer_away(kind):
 
 
 def test_targets_lie_everywhere_alike():
-    probes = [p for kind in PROBE_KINDS for p in layouts(kind, "hard", 1500)]
+    probes = [p for kind in PROBE_KINDS for p in layouts(kind, "hard", 700)]
     for which in (lambda p: [p.boxes[0]], lambda p: [data.cell_box(i["cell"], 6) for i in p.meta["items"]]):
         counts = Counter(box for p in probes for box in which(p))
         statistic, bound = chi_square([list(counts.values())])
         assert len(counts) == 36 and statistic < bound
     for k, share in Counter(p.meta["k"] for p in probes).items():
-        assert k in (12, 16, 20, 24) and abs(share / len(probes) - 0.25) < 0.03
+        assert k in (12, 16, 20, 24) and abs(share / len(probes) - 0.25) < 0.035
 
 
 @pytest.mark.parametrize("kind, difficulty", ALL)
@@ -143,11 +143,11 @@ print(probe.question, probe.answer, probe.meta["items"], zlib.crc32(probe.open()
 def test_the_same_seed_gives_the_same_probe_in_every_process(capsys):
     for hash_seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        out = subprocess.run([sys.executable, "-c", FINGERPRINT.format(seed=5)], stdout=subprocess.PIPE, text=True, env=env)
+        out = subprocess.check_output([sys.executable, "-c", FINGERPRINT.format(seed=5)], text=True, env=env)
         exec(FINGERPRINT.format(seed=5))
-        assert out.stdout == capsys.readouterr().out != ""
+        assert out == capsys.readouterr().out != ""
     exec(FINGERPRINT.format(seed=6))
-    assert out.stdout != capsys.readouterr().out
+    assert out != capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_stream():
@@ -215,7 +215,7 @@ def plain_sprite(name, size, blur_pixels):
 @pytest.mark.parametrize("sprite, least, most", [(data._sprite, 0, 20), (plain_sprite, 38, 40)])
 def test_a_strong_reader_of_the_overview_fails_unless_glyphs_are_plain(monkeypatch, sprite, least, most):
     monkeypatch.setattr(data, "_sprite", sprite)
-    train, probes = ([data.make_probe("sign", "hard", s) for s in seeds] for seeds in (range(900, 940), range(40)))
+    train, probes = ([data.make_probe("sign", "hard", s) for s in seeds] for seeds in (range(900, 930), range(40)))
     read = bench_probes.readers("sign", "hard", train)
     assert least <= sum(read["overview"](p) == p.answer for p in probes) <= most               # 10 by chance
     assert sum(read["all crops"](p) == p.answer for p in probes) >= 39
@@ -605,8 +605,9 @@ def test_a_mistake_at_the_keyboard_is_one_line(tmp_path, monkeypatch, capsys, ar
     (tmp_path / "texts" / "a.txt").touch()
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments)
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and len(errors) == 1 and re.search(message, errors[0])
+    assert stopped.value.code == 2
+    error, = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if "error: " in line]
+    assert re.search(message, error) and "Traceback" not in error
 
 
 def test_the_check_opens_every_image(tmp_path, monkeypatch, capsys):
