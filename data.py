@@ -675,14 +675,13 @@ def draw_set(cfg: Config) -> None:
     stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, grid=cfg.grid, cell=cfg.cell, backgrounds=photos)
     shown: list[Probe] = []                               # only these stay in memory
 
-    def chosen(bar: tqdm) -> Iterator[Probe]:
-        for probe in bar:
+    def drawn() -> Iterator[Probe]:
+        for probe in tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes"):
             if sum(p.source == probe.source for p in shown) < 3:
                 shown.append(probe)
             yield probe
 
-    with tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes") as bar:
-        save_probes(chosen(bar), cfg.out)
+    save_probes(drawn(), cfg.out)
     png = io.BytesIO()
     draw_sheet(shown).save(png, "PNG")
     write_atomic(cfg.out / "sheet.png", png.getvalue())
@@ -694,8 +693,7 @@ def draw_set(cfg: Config) -> None:
 def check_set(path: Path) -> None:
     """Prints what load_probes makes of a set, and opens every image."""
     probes = load_probes(path)
-    with tqdm(probes, desc="images") as bar:
-        sizes = Counter("{} x {}".format(*probe.open().size) for probe in bar)
+    sizes = Counter("{} x {}".format(*probe.open().size) for probe in tqdm(probes, desc="images"))
     counts = {"sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
               "answers": Counter(str(p.answer) for p in probes), "image sizes": sizes}
     print(f"{path}: {len(probes)} rows")

@@ -201,7 +201,6 @@ def record(policy: Policy, episode: Episode) -> dict:
 # ------------------------------------------------------------------------------------------------ the command
 
 def main(cfg: Config) -> None:
-    policy = load_policy(str(cfg.init), device=cfg.device)
     if cfg.data:
         probes = data.load_probes(cfg.data, cfg.count)
     else:
@@ -213,6 +212,7 @@ def main(cfg: Config) -> None:
         if not (other / "results.json").exists():
             raise data.UserError(f"--against: no results.json in {other}")
         against.append(json.loads((other / "results.json").read_text()))
+    policy = load_policy(str(cfg.init), device=cfg.device)
     began = time.time()
     episodes = rollout(
         policy, [controlled(probe, cfg.control, policy) for probe in probes], group_size=cfg.samples,

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import eval as eval_script
+import model as model_module
 import rollout as rollout_module
 from env import Crop, fit_pixels, format_action
 from eval import BlackCrops, Config, controlled, correct_within, mean_and_error, page, record, summarise
@@ -328,14 +329,13 @@ def test_a_missing_policy_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_missing_results_to_compare_with_are_noticed_before_the_work(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rollout_module, "rollout", None)                          # what the script imports
+    monkeypatch.setattr(model_module, "load_policy", None)                        # what the script imports
     code, said = run_script(monkeypatch, capsys, "--init", saved, "--against", tmp_path / "gone")
     assert code == 2 and len(said) == 1 and "--against" in said[0] and str(tmp_path / "gone") in said[0]
 
 
-@pytest.mark.skipif(not hasattr(data, "load_probes"), reason="data.load_probes is being written")
-def test_missing_data_is_one_line(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rollout_module, "rollout", None)
+def test_missing_data_is_noticed_before_the_work(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model_module, "load_policy", None)
     code, said = run_script(monkeypatch, capsys, "--init", saved, "--data", tmp_path / "gone.jsonl")
     assert code == 2 and len(said) == 1 and str(tmp_path / "gone.jsonl") in said[0]
 
