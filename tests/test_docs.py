@@ -1,8 +1,10 @@
 """The files as documents: each opens with its story and its command, no flag is ignored, nothing reaches backwards."""
 import ast
+import io
 import re
 import runpy
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,28 @@ def test_nothing_dangerous_is_called(path):
                 assert any(k.arg == "weights_only" and getattr(k.value, "value", False) for k in node.keywords), where
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), where
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blanks, no comments, no docstrings."""
+    text, kept = path.read_text(), set()
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in silent:
+            kept.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            kept -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(kept)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_the_readme_counts_the_lines_of_each_file_right(path):
+    row = re.search(rf"\| `{path.name}` \|.*\| (\d+) \|", (ROOT / "README.md").read_text())
+    assert int(row[1]) == code_lines(path)
+
+
+def test_every_picture_and_file_that_the_readme_names_is_there():
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", readme) + re.findall(r"`(tests/\w+\.py|docs/\w+)`", readme):
+        assert (ROOT / name).exists(), name
