@@ -685,8 +685,9 @@ def draw_set(cfg: Config) -> None:
     png = io.BytesIO()
     draw_sheet(shown).save(png, "PNG")
     write_atomic(cfg.out / "sheet.png", png.getvalue())
-    script = search_script(shown[0], random.Random(cfg.seed), pattern="trial_and_error")
-    print(describe(*collect(shown[:1], lambda _: [script.pop(0)], max_turns=len(script))))
+    example = min(shown, key=lambda probe: probe.meta["k"])
+    script = search_script(example, random.Random(cfg.seed), pattern="trial_and_error")
+    print(describe(*collect([example], lambda _: [script.pop(0)], max_turns=len(script))))
     print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
 
 

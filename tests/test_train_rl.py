@@ -1,7 +1,36 @@
 """Tests of train_rl.py: the maths by hand, the over-turn mask, one step, a resumed run, the chain SFT -> RL -> eval.
 
-Lines of train_rl.py that were flipped once, each with the test that then failed:
-MUTATIONS
+Lines of train_rl.py that were flipped, once each, with the first test that then failed:
+    group_advantages   std biased; mean over all groups       -> group_advantages_by_hand
+                       no eps; no branch for equal rewards    -> eps_is_added_..., equal_rewards_give_exact_zeros_...
+    completed_adv...   mean over all; over-turn rows not 0    -> completed_advantages_by_hand
+    trained            no over-turn mask; no token mask       -> each_row_is_the_mean_over_its_sampled_tokens
+                       the over-turn mask inverted            -> both_clips_for_both_signs
+    log_ratio          not masked (-inf, NaN get through)     -> ..._get_exactly_no_gradient_whatever_they_hold
+    clamp, minimum     clips swapped; one of them left out;
+                       maximum; clipped alone; gain alone     -> both_clips_for_both_signs
+    objective          not masked                             -> each_row_is_the_mean_over_its_sampled_tokens
+    per_row            mean over T; sum; no clamp(min=1)      -> ..._mean_over_its_sampled_tokens, a_row_without_...
+    denominator        all rows; a mean; the caller's ignored -> ..._mean_over_its_sampled_tokens, the_denominator
+                       no max(1, ...)                         -> a_batch_of_over_turn_rows_alone_gives_zero_...
+    sign of the loss   turned                                 -> both_clips_for_both_signs
+    (a) baseline       switch turned                          -> each_switch_changes_what_it_says
+    (b) masked         switch turned; always; in `used` or in
+                       the call to grpo_loss over_turn
+                       instead of masked, or no mask at all   -> each_switch_changes_what_it_says
+    (c) counted        turned; over_turn instead of masked;
+                       one value for both switches            -> each_switch_changes_what_it_says
+    denominator        of all updates together                -> updates_split_the_questions_...
+                       of each micro-batch                    -> each_switch_changes_what_it_says
+    grpo_loss(...)     advantages in another order; clips
+                       swapped                                -> each_switch_changes_what_it_says
+                       old log-probs at temperature 1         -> log_probs_are_compared_at_the_temperature_...
+                       injected tokens count as sampled       -> each_advantage_meets_its_own_rollout_...
+    updates            only the first                         -> updates_split_the_questions_...
+    gather_groups      keeps equal rewards; asks for too many -> groups_without_spread_are_dropped_and_refilled
+                       seed without the step                  -> questions_depend_on_the_seed_and_the_step_alone
+    requires_grad_     the vision tower always trained        -> the_vision_tower_is_trained_only_on_request
+    no groups          over_turn not of type bool             -> a_step_in_which_no_group_has_spread_...
 """
 import doctest
 import json
