@@ -588,18 +588,20 @@ def collect(probes: list[Probe], speak: Callable[[list], list], **env_options) -
             for probe, said, env in zip(probes, texts, envs)]
 
 
-def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impatience: float, patient_share: float,
-               slip: float, max_turns: int, **env_options) -> Iterator[Trajectory]:
+def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impatience: tuple[float, float],
+               patient_share: float, slip: float, max_turns: int, **env_options) -> Iterator[Trajectory]:
     """Endless correct trajectories of the scripted searcher (paper, section 3.2: only those that end right).
 
-    trial_share: share of trial-and-error searches, the rest being depth-first. patient_share: share of searches
-    without impatience, whatever their length: they teach what a long search looks like.
+    trial_share: share of trial-and-error searches, the rest being depth-first. impatience: (lowest, highest), drawn
+    log-uniformly for each search: of those that go on for long, too, some give up at every length. patient_share:
+    share of searches without impatience, whatever their length: they teach what a long search looks like.
     """
     rng = random.Random(f"cold start/{seed}")
     for probe in probes:
         pattern = PATTERNS[rng.random() < trial_share]
-        calm = rng.random() < patient_share
-        script = search_script(probe, rng, pattern=pattern, impatience=0.0 if calm else impatience, slip=slip)
+        low, high = impatience
+        hurry = low * (high / low) ** rng.random() if rng.random() >= patient_share else 0.0
+        script = search_script(probe, rng, pattern=pattern, impatience=hurry, slip=slip)
         if len(script) > max_turns or not script[-1].endswith(f"<answer>{probe.answer}</answer>"):
             continue                                  # known to fail: spares the drawing
         trajectory, = collect([probe], lambda _: [script.pop(0)], max_turns=max_turns, **env_options)

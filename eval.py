@@ -41,6 +41,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend without a window)
 
 
+ANSWER_NOW = "<think>guess</think><answer>"      # how a control opens the last message; the searcher guesses so too
+
+
 @dataclass(frozen=True)
 class Config:
     init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
@@ -218,7 +221,8 @@ def main(cfg: Config) -> None:
         policy, [controlled(probe, cfg.control, policy) for probe in probes], group_size=cfg.samples,
         max_turns=limits[-1], max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
         temperature=cfg.temperature, seed=cfg.seed, slots=cfg.slots, progress="episodes",
-        make_env=BlackCrops if cfg.control == "black_crop" else CropEnv, force_answer=cfg.control != "none")
+        make_env=BlackCrops if cfg.control == "black_crop" else CropEnv,
+        force_answer="" if cfg.control == "none" else ANSWER_NOW)
     label = cfg.label or cfg.init.name
     results = {"label": label, "init": str(cfg.init), "probes": len(probes), "samples": cfg.samples, "seed": cfg.seed,
                "control": cfg.control, "seconds": round(time.time() - began, 1),

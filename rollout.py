@@ -71,7 +71,7 @@ class Transcript:
     """An episode in the making: its environment and its tokens so far. SFT and RL write their tokens through it."""
 
     def __init__(self, policy: Policy, probe: data.Probe, max_turns: int, max_images: int | None,
-                 make_env: type[CropEnv] = CropEnv, force_answer: bool = False):
+                 make_env: type[CropEnv] = CropEnv, force_answer: str = ""):
         p = policy.protocol
         self.policy, self.probe, self.force_answer = policy, probe, force_answer
         self.env = make_env(probe.open(), probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
@@ -88,7 +88,7 @@ class Transcript:
         ids, views = self.policy.render(messages, after_turn=bool(self.ids))
         start = len(self.ids) + len(ids)
         if self.force_answer and self.env.turn + 1 == self.env.max_turns:
-            ids += self.policy.encode("<answer>")
+            ids += self.policy.encode(self.force_answer)
         self.ids += ids
         self.mask += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
@@ -226,13 +226,13 @@ class Row:
 def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, max_turns: int = 6,
             max_images: int | None = None, max_context: int = 32_768, max_turn_tokens: int = 1024,
             temperature: float = 1.0, seed: int = 0, slots: int = 128, make_env: type[CropEnv] = CropEnv,
-            force_answer: bool = False, progress: str | None = None) -> list[Episode]:
+            force_answer: str = "", progress: str | None = None) -> list[Episode]:
     """Plays `group_size` episodes per probe; those of one probe are adjacent in the result.
 
     max_turns: assistant messages per episode. max_images: images in the bank, the original included; None = no limit.
     max_context: tokens of a conversation before its last turn. max_turn_tokens: a longer turn is cut, and void.
     temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
-    depend on `slots`. make_env: the world, for controls. force_answer: the last allowed turn begins with "<answer>",
+    depend on `slots`. make_env: the world, for controls. force_answer: how the last allowed turn begins,
     written for the policy and not counted as sampled. progress: a label for a progress bar. Raises ValueError for a
     prompt beyond max_context.
     """

@@ -52,8 +52,8 @@ class Config:
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
-    impatience: float = 0.12           # chance of a guess after the n-th miss is n times this
-    patient_share: float = 0.15        # searches that never guess, however long
+    impatience: tuple[float, float] = (0.03, 0.5)  # range, one draw a search: a guess after the n-th miss is n times it
+    patient_share: float = 0.08        # searches that never guess, however long
     slip: float = 0.04                 # chance of a look at an empty place
     max_turns: int = 32                # longest trajectory
     micro_tokens: int = 4096           # tokens per forward, padding included

@@ -313,7 +313,7 @@ def test_a_single_plate_is_the_target_as_often_as_not():
     assert 110 < sum("<answer>" in text for text in texts) < 190
 
 
-SETTINGS = dict(trial_share=0.3, impatience=0.06, patient_share=0.3, slip=0.04, max_turns=16)
+SETTINGS = dict(trial_share=0.3, impatience=(0.03, 0.12), patient_share=0.3, slip=0.04, max_turns=16)
 
 
 def kept(count, seed=0, **changes):
@@ -336,7 +336,7 @@ def test_every_kept_trajectory_ends_right_and_a_share_is_long():
 def test_cold_start_is_reproducible_and_its_shares_are_obeyed():
     assert [t.texts for t in kept(5)] == [t.texts for t in kept(5)] != [t.texts for t in kept(5, seed=1)]
     assert {t.pattern for t in kept(8, trial_share=0.0)} == {"depth_first"}
-    assert not any("guess" in t.texts[-1] for t in kept(30, impatience=1.0, patient_share=1.0))
+    assert not any("guess" in t.texts[-1] for t in kept(30, impatience=(1.0, 1.0), patient_share=1.0))
 
 
 # ------------------------------------------------------------------------------------------------ collecting

@@ -154,9 +154,9 @@ def test_force_answer_opens_the_last_message_as_an_answer(tiny, monkeypatch):
     probe = data.Probe(checkers(), "?", "red")
     look = format_action(Crop((0.0, 0.0, 0.5, 0.5), 0))
     scripted(monkeypatch, tiny, look, "red</answer>")
-    forced, = rollout_module.rollout(tiny, [probe], max_turns=2, force_answer=True)
+    forced, = rollout_module.rollout(tiny, [probe], max_turns=2, force_answer="<think>guess</think><answer>")
     assert (forced.stop, forced.answer, forced.reward, forced.turns) == ("answer", "red", 1.0, 2)
-    opening = tiny.encode("<answer>")
+    opening = tiny.encode("<think>guess</think><answer>")
     last = np.flatnonzero(forced.assistant_mask[1:] & ~forced.assistant_mask[:-1])[-1]
     start = last + 1                                                              # where the last message begins
     assert forced.token_ids[start - len(opening):start].tolist() == opening       # written for it, not sampled by it
@@ -179,7 +179,7 @@ def test_each_control_reaches_the_rollout(saved, tmp_path, monkeypatch, control,
 
     monkeypatch.setattr(eval_script, "rollout", play)
     eval_script.main(small(saved, tmp_path, count=1, samples=1, control=control))
-    assert (seen["make_env"], seen["force_answer"]) == (make_env, force)
+    assert (seen["make_env"], seen["force_answer"]) == (make_env, eval_script.ANSWER_NOW if force else "")
     assert (seen["colors"] == 1) == (control == "blind")
     assert json.loads((tmp_path / "results.json").read_text())["control"] == control
 

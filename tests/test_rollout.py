@@ -241,7 +241,7 @@ def test_a_replay_ends_where_the_world_ends_it(ragged):
 
 def test_the_drawn_searches_replay_as_collected(policy):
     probes = data.probe_stream(data.PROBE_KINDS, ("medium",), 0)
-    for search, _ in zip(data.cold_start(probes, 0, trial_share=0.5, impatience=0.1, patient_share=0.5, slip=0.2, max_turns=8),
+    for search, _ in zip(data.cold_start(probes, 0, trial_share=0.5, impatience=(0.1, 0.1), patient_share=0.5, slip=0.2, max_turns=8),
                          range(8)):
         episode = replay(policy, search.probe, search.texts)
         assert messages(policy, episode) == search.texts
@@ -355,7 +355,8 @@ def test_a_prompt_beyond_the_context_is_refused(policy):
 @pytest.mark.parametrize("max_turns", [1, 3])
 def test_a_forced_answer_is_begun_for_the_policy(ragged, say, max_turns):
     looks = SEARCHES[0][:max_turns - 1]
-    episode, = say(ragged, noise_probes((288, 288)), [[*looks, "4</answer>"]], max_turns=max_turns, force_answer=True)
+    episode, = say(ragged, noise_probes((288, 288)), [[*looks, "4</answer>"]], max_turns=max_turns,
+                   force_answer="<answer>")
     assert (episode.stop, episode.answer, episode.turns) == ("answer", "4", max_turns)
     assert ragged.decode(episode.token_ids).endswith("<|im_start|>assistant\n<answer>4</answer><|im_end|>")
     assert ragged.decode(episode.token_ids[episode.assistant_mask]).endswith("4</answer><|im_end|>")

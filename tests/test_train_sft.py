@@ -36,7 +36,7 @@ def old_handlers():
 def small(out, **changes) -> Config:
     """Two steps of warm-up, then two-message searches."""
     settings = dict(out=Path(out), steps=4, warmup_steps=2, warmup_batch=2, batch=2, kinds=("attribute",),
-                    difficulties=("easy",), impatience=1.0, patient_share=0.0, max_turns=3, save_every=100,
+                    difficulties=("easy",), impatience=(1.0, 1.0), patient_share=0.0, max_turns=3, save_every=100,
                     device="cpu")
     return Config(**{**settings, **changes})
 
@@ -231,7 +231,7 @@ def test_a_crashed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
 def test_ctrl_c_leaves_a_checkpoint_and_a_command_that_finishes_the_run(tmp_path, monkeypatch):
     out, steps = tmp_path / "a run", 60
     flags = ["--out", out, "--steps", steps, "--warmup-steps", 1, "--warmup-batch", 2, "--batch", 1, "--max-turns", 2,
-             "--kinds", "attribute", "--difficulties", "easy", "--impatience", 1, "--patient-share", 0,
+             "--kinds", "attribute", "--difficulties", "easy", "--impatience", 1, 1, "--patient-share", 0,
              "--device", "cpu"]
     process = subprocess.Popen([sys.executable, str(ROOT / "train_sft.py"), *map(str, flags)], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
