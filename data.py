@@ -517,34 +517,36 @@ def search_script(probe: Probe, rng: random.Random, *, pattern: str, impatience:
                   slip: float = 0.0) -> list[str]:
     """The assistant messages of one whole search through a drawn probe, in order (the scene is known).
 
-    pattern: "depth_first" lists the plates first and goes through them region by region, "trial_and_error" takes
-    them in random order; neither returns to a plate. impatience: after the n-th miss it guesses with probability
-    impatience * n. slip: chance at each look of cropping an empty cell instead, noticing it ("see nothing") and
-    going on.
+    pattern: "depth_first" lists the plates first, region by region, and follows the list from any of them on, round
+    its end to its beginning; "trial_and_error" takes them in random order. Neither returns to a plate. impatience:
+    after the n-th miss it guesses with probability impatience * n. slip: chance, per plate, that an empty cell is
+    taken for one more plate; a look tells ("see nothing"), and the search goes on.
     """
     grid, at = probe.meta["grid"], {item["cell"]: item for item in probe.meta["items"]}
-    order = sorted(at, key=lambda cell: (cell[1] // 2, cell[0] // 2, cell[1], cell[0]))    # regions of 2 x 2
     empty = [(x, y) for y in range(grid) for x in range(grid) if (x, y) not in at]
-    if pattern == "trial_and_error":
-        rng.shuffle(order)
+    slips = sum(rng.random() < slip for _ in at)
+    cells = [*at, *rng.sample(empty, min(slips, len(empty)))]
+    cells.sort(key=lambda cell: (cell[1] // 2, cell[0] // 2, cell[1], cell[0]))            # regions of 2 x 2
     planned = pattern == "depth_first"
-    texts, misses, last = [], 0, None                          # last: where the plan has got to
-    thought = f"plates {' '.join(cell_name(cell) for cell in order)}, " if planned else ""
-    while True:
-        slipped = bool(empty) and rng.random() < slip
-        cell = rng.choice(empty) if slipped else order.pop(0)
-        go = "try" if not planned else f"after {cell_name(last)}" if last else "next"
-        texts.append(_crop_text(f"{thought}{go} {cell_name(cell)}", cell_box(cell, grid)))
-        last = last if slipped else cell
+    if planned:                               # starts differ, so that the rollouts of a group look at different plates
+        start = rng.randrange(len(cells))
+        thought = f"plates {' '.join(cell_name(cell) for cell in cells)}, next"
+        cells = cells[start:] + cells[:start]
+    else:
+        rng.shuffle(cells)
+        thought = "try"
+    texts = []
+    for misses, cell in enumerate(cells, 1):                   # after this look, if it is not the target
+        texts.append(_crop_text(f"{thought} {cell_name(cell)}", cell_box(cell, grid)))
         item = at.get(cell)
         thought = _verdict(probe, item)
         if item is not None and item["target"]:
             return [*texts, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
-        misses += 1
         if rng.random() < impatience * misses:
             guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
             return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
-        thought += ", "
+        thought += f", after {cell_name(cell)}" if planned else ", try"
+    raise ValueError("none of the plates is the target")
 
 
 def look_script(probe: Probe) -> list[str]:

@@ -53,7 +53,7 @@ class Config:
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
     impatience: tuple[float, float] = (0.03, 0.5)  # range, one draw a search: a guess after the n-th miss is n times it
-    patient_share: float = 0.08        # searches that never guess, however long
+    patient_share: float = 0.10        # searches that never guess, however long
     slip: float = 0.04                 # chance of a look at an empty place
     max_turns: int = 32                # longest trajectory
     micro_tokens: int = 4096           # tokens per forward, padding included
