@@ -253,11 +253,23 @@ def test_the_expected_number_of_looks_is_half_of_the_plates():
         assert abs(np.mean(looks) - 10.5) < 4 * (20 ** 2 / 12 / 400) ** 0.5
 
 
-def test_trial_and_error_differs_from_time_to_time_and_depth_first_does_not():
+def test_depth_first_follows_one_plan_round_its_end_from_any_start_and_trial_and_error_has_no_plan():
     probe = data._lay_out("sign", "hard", 1)
-    planned, tried = ({str(data.search_script(probe, random.Random(s), pattern=pattern)) for s in range(9)}
-                      for pattern in ("depth_first", "trial_and_error"))
-    assert len(planned) == 1 and len(tried) > 4
+    scripts = [data.search_script(probe, random.Random(seed), pattern="depth_first") for seed in range(20)]
+    plan, = {script[0].split(", next ")[0].removeprefix("<think>plates ") for script in scripts}
+    plan = plan.split()
+    assert sorted(plan) == sorted(data.cell_name(item["cell"]) for item in probe.meta["items"])
+    box_of = {data.cell_name(item["cell"]): data.cell_box(item["cell"], 6) for item in probe.meta["items"]}
+    starts = set()
+    for script in scripts:
+        first = plan.index(script[0].split(", next ")[1].split("</think>")[0])
+        boxes, _ = crops_and_answer(script)
+        assert boxes == [box_of[name] for name in (plan + plan)[first:first + len(boxes)]]
+        assert all(f"after {name} " in text for name, text in zip((plan + plan)[first:], script[1:-1]))
+        starts.add(first)
+    assert len(starts) > 5
+    tried = {str(data.search_script(probe, random.Random(seed), pattern="trial_and_error")) for seed in range(9)}
+    assert len(tried) > 4 and not any("plates" in script for script in tried)
 
 
 def test_a_slip_looks_at_an_empty_place_and_is_noticed():
