@@ -44,7 +44,7 @@ class Config:
     seed: int = 0                      # weights and data
     steps: int = 620                   # optimizer steps, warm-up included
     warmup_steps: int = 260            # of them on single plates: perception first
-    warmup_batch: int = 64             # single plates per step, and half as many first messages of a search
+    warmup_batch: int = 64             # single plates per step, and half as many beginnings of a search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
     weight_decay: float = 0.01
@@ -69,9 +69,9 @@ def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), grid=1, candidates=1)
         looks = [replay(policy, probe, data.look_script(probe)) for probe, _ in zip(probes, range(cfg.warmup_batch))]
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
-        plans = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:1])
-                 for probe, _ in zip(probes, range(cfg.warmup_batch // 2))]
-        return looks + plans
+        begun = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:2])
+                 for probe, _ in zip(probes, range(cfg.warmup_batch // 2))]      # the plan, and what the first crop shows
+        return looks + begun
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
     searches = data.cold_start(probes, rng.getrandbits(48), trial_share=cfg.trial_share, impatience=cfg.impatience,
                                patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns)
