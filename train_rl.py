@@ -34,12 +34,12 @@ class Config:
     init: Path = Path("runs/sft")      # the policy to start from: a run directory of train_sft.py
     out: Path = Path("runs/rl")        # run directory
     seed: int = 0                      # questions and sampling
-    steps: int = 40                    # rollout phases
+    steps: int = 30                    # rollout phases
     questions: int = 24                # Q, groups with spread per step
     group_size: int = 8                # G, rollouts per question
     updates: int = 2                   # optimizer steps per rollout phase, each on its share of the questions
     max_rounds: int = 3                # rollout rounds per step to find Q groups with spread
-    lr: float = 6e-5                   # constant (AdamW)
+    lr: float = 1e-4                   # constant (AdamW)
     grad_clip: float = 1.0             # largest gradient norm
     clip_low: float = 0.2              # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.3
@@ -47,7 +47,7 @@ class Config:
     baseline: Literal["all", "completed"] = "all"        # rollouts in the mean and std of their group
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = data.PROBE_KINDS
-    difficulties: tuple[str, ...] = ("medium", "medium", "hard")  # drawn evenly
+    difficulties: tuple[str, ...] = ("medium", "hard", "hard")  # drawn evenly
     max_turns: int = 6                 # assistant messages per rollout: 5 crops and an answer
     max_images: int = 12               # images per rollout, the original included
     max_context: int = 8192            # tokens per rollout before its last turn

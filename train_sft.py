@@ -1,8 +1,8 @@
 """Cold start: a policy learns to search by imitating trajectories that ended well (paper, section 3.2).
 
 Next-token cross-entropy, but only on assistant tokens: what the environment wrote is never trained on. Two phases,
-one loss. The tiny policy, which has never seen a picture, first looks at single plates (warm-up: what is on it, is
-it the one?); then whole searches. Real bases skip the warm-up. Batches are drawn afresh at every step.
+one loss. The tiny policy, which has never seen a picture, first takes single looks (warm-up: what is on this plate,
+is it the one?); then it learns whole searches. Real bases skip the warm-up. Batches are drawn afresh at every step.
 
     Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
 
@@ -43,8 +43,8 @@ class Config:
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
     steps: int = 620                   # optimizer steps, warm-up included
-    warmup_steps: int = 260            # of them on single plates: perception first
-    warmup_batch: int = 64             # single plates per step, and half as many beginnings of a search
+    warmup_steps: int = 260            # of them on single looks: perception first
+    warmup_batch: int = 48             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
     weight_decay: float = 0.01
@@ -66,12 +66,9 @@ def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
     """The episodes of one step; depends on the seed and the step alone, so that a resumed run sees the same."""
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     if step < cfg.warmup_steps:
-        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), grid=1, candidates=1)
-        looks = [replay(policy, probe, data.look_script(probe)) for probe, _ in zip(probes, range(cfg.warmup_batch))]
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
-        begun = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:2])
-                 for probe, _ in zip(probes, range(cfg.warmup_batch // 2))]      # the plan, and what the first crop shows
-        return looks + begun
+        scripts = [data.look_script] * cfg.warmup_batch + [data.plan_script] * (cfg.warmup_batch // 2)
+        return [replay(policy, probe, script(probe, rng)) for probe, script in zip(probes, scripts)]
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
     searches = data.cold_start(probes, rng.getrandbits(48), trial_share=cfg.trial_share, impatience=cfg.impatience,
                                patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns)
