@@ -243,10 +243,12 @@ def _lay_out(kind: str, difficulty: str, seed: int, grid: int = 6, cell: int = 4
                          f"{tuple(DIFFICULTIES)}")
     rng = random.Random(f"{kind}/{difficulty}/{seed}/{grid}/{candidates}")   # str seeds hash alike everywhere
     count = rng.choice(DIFFICULTIES[difficulty][0]) if candidates is None else candidates
-    if not 0 < count <= grid * grid or count % 4:
-        raise ValueError(f"{count} look-alikes: needs a multiple of 4 that fits a {grid} x {grid} grid")
-    question, items, checks, reads = _scene(kind, count, rng)
+    if not 0 < count <= grid * grid or (count % 4 and count != 1):
+        raise ValueError(f"{count} look-alikes: needs a multiple of 4 (or 1) that fits a {grid} x {grid} grid")
+    question, items, checks, reads = _scene(kind, max(count, 4), rng)
     answer = items[0]["answer"]
+    if count == 1:                       # one plate alone, the target or as often a look-alike: a perception warm-up
+        items = [items[rng.choice((0, 0, 0, 1, 2, 3))]]
     for item, place in zip(items, rng.sample([(x, y) for y in range(grid) for x in range(grid)], count)):
         item["cell"], item["target"] = place, all(item["parts"][i] == name for i, name in checks)
     meta = {"k": count, "grid": grid, "seed": seed, "items": items, "checks": checks, "reads": reads}
@@ -547,21 +549,22 @@ def search_script(probe: Probe, rng: random.Random, *, pattern: str, impatience:
     raise ValueError("none of the plates is the target")
 
 
-def look_script(probe: Probe, rng: random.Random) -> list[str]:
-    """Two messages: a look at one plate, the target half of the time, and what is seen. For the perception warm-up."""
-    grid, (target, *others) = probe.meta["grid"], probe.meta["items"]
-    other, another = rng.sample(others, 2)
-    seen = target if rng.random() < 0.5 else other
-    look = _crop_text(f"try {cell_name(seen['cell'])}", cell_box(seen["cell"], grid))
-    if seen["target"]:
-        return [look, f"<think>{_verdict(probe, seen)}</think><answer>{seen['answer']}</answer>"]
-    thought = f"{_verdict(probe, seen)}, try {cell_name(another['cell'])}"
-    return [look, _crop_text(thought, cell_box(another["cell"], grid))]
+def look_script(probe: Probe) -> list[str]:
+    """Two messages over a picture of a single plate: a crop of all of it, and what is seen. For the warm-up."""
+    item, = probe.meta["items"]
+    look = _crop_text(f"try {cell_name(item['cell'])}", (0.0, 0.0, 1.0, 1.0))
+    thought = _verdict(probe, item)
+    if item["target"]:
+        return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
+    return [look, look.replace("<think>", f"<think>{thought}, ")]
 
 
-def plan_script(probe: Probe, rng: random.Random) -> list[str]:
-    """The first two messages of a planned search: the plan, and what the first look shows. For the warm-up."""
-    return search_script(probe, rng, pattern="depth_first")[:2]
+class Unseen(CropEnv):
+    """The warm-up's world: the picture is not shown with the question, so that the one crop is all there is to read."""
+
+    def reset(self) -> list[dict]:
+        system, user = super().reset()
+        return [system, {**user, "content": user["content"][1:]}]
 
 
 @dataclass

@@ -130,9 +130,9 @@ class Transcript:
             (self.policy.protocol.min_pixels, self.policy.protocol.max_pixels))
 
 
-def replay(policy: Policy, probe: data.Probe, texts: list[str]) -> Episode:
+def replay(policy: Policy, probe: data.Probe, texts: list[str], make_env: type[CropEnv] = CropEnv) -> Episode:
     """A written trajectory as an episode: the same renderer and mask as a rollout, text in place of sampling."""
-    transcript = Transcript(policy, probe, max_turns=len(texts), max_images=None)
+    transcript = Transcript(policy, probe, max_turns=len(texts), max_images=None, make_env=make_env)
     for text in texts:
         for token in [*policy.encode(text), policy.im_end]:
             transcript.sample(token, 0.0)

@@ -47,7 +47,7 @@ class Config:
     baseline: Literal["all", "completed"] = "all"        # rollouts in the mean and std of their group
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = data.PROBE_KINDS
-    difficulties: tuple[str, ...] = ("medium", "hard", "hard")  # drawn evenly
+    difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
     max_turns: int = 6                 # assistant messages per rollout: 5 crops and an answer
     max_images: int = 12               # images per rollout, the original included
     max_context: int = 8192            # tokens per rollout before its last turn

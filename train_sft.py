@@ -44,7 +44,7 @@ class Config:
     seed: int = 0                      # weights and data
     steps: int = 620                   # optimizer steps, warm-up included
     warmup_steps: int = 260            # of them on single looks: perception first
-    warmup_batch: int = 48             # single looks per step, and half as many beginnings of a planned search
+    warmup_batch: int = 64             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
     weight_decay: float = 0.01
@@ -52,8 +52,8 @@ class Config:
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
-    impatience: tuple[float, float] = (0.03, 0.5)  # range, one draw a search: a guess after the n-th miss is n times it
-    patient_share: float = 0.10        # searches that never guess, however long
+    impatience: tuple[float, float] = (0.05, 0.15)  # range, one draw a search: a guess after the n-th miss is n times it
+    patient_share: float = 0.06        # searches that never guess, however long
     slip: float = 0.04                 # chance of a look at an empty place
     max_turns: int = 32                # longest trajectory
     micro_tokens: int = 4096           # tokens per forward, padding included
@@ -66,9 +66,13 @@ def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
     """The episodes of one step; depends on the seed and the step alone, so that a resumed run sees the same."""
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     if step < cfg.warmup_steps:
+        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), grid=1, candidates=1)
+        looks = [replay(policy, probe, data.look_script(probe), data.Unseen)
+                 for probe, _ in zip(probes, range(cfg.warmup_batch))]
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
-        scripts = [data.look_script] * cfg.warmup_batch + [data.plan_script] * (cfg.warmup_batch // 2)
-        return [replay(policy, probe, script(probe, rng)) for probe, script in zip(probes, scripts)]
+        plans = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:2])
+                 for probe, _ in zip(probes, range(cfg.warmup_batch // 2))]
+        return looks + plans
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
     searches = data.cold_start(probes, rng.getrandbits(48), trial_share=cfg.trial_share, impatience=cfg.impatience,
                                patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns)
