@@ -34,7 +34,7 @@ class Config:
     init: Path = Path("runs/sft")      # the policy to start from: a run directory of train_sft.py
     out: Path = Path("runs/rl")        # run directory
     seed: int = 0                      # questions and sampling
-    steps: int = 40                    # rollout phases
+    steps: int = 30                    # rollout phases
     questions: int = 24                # Q, groups with spread per step
     group_size: int = 8                # G, rollouts per question
     updates: int = 2                   # optimizer steps per rollout phase, each on its share of the questions

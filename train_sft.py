@@ -42,8 +42,8 @@ class Config:
     base: str = "tiny"                 # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 620                   # optimizer steps, warm-up included
-    warmup_steps: int = 260            # of them on single looks: perception first
+    steps: int = 780                   # optimizer steps, warm-up included
+    warmup_steps: int = 240            # of them on single looks: perception first
     warmup_batch: int = 64             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW), reached after 20 steps; cosine to a tenth
@@ -53,8 +53,8 @@ class Config:
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
     impatience: tuple[float, float] = (0.05, 0.15)  # range, one draw a search: a guess after the n-th miss is n times it
-    patient_share: float = 0.06        # searches that never guess, however long
-    slip: float = 0.04                 # chance of a look at an empty place
+    patient_share: float = 0.10        # searches that never guess, however long
+    slip: float = 0.02                 # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32                # longest trajectory
     micro_tokens: int = 4096           # tokens per forward, padding included
     save_every: int = 100              # steps
@@ -70,7 +70,7 @@ def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
         looks = [replay(policy, probe, data.look_script(probe), data.Unseen)
                  for probe, _ in zip(probes, range(cfg.warmup_batch))]
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
-        plans = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:2])
+        plans = [replay(policy, probe, data.search_script(probe, rng, pattern="depth_first")[:3])
                  for probe, _ in zip(probes, range(cfg.warmup_batch // 2))]
         return looks + plans
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
