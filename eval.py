@@ -6,7 +6,8 @@ limit L when it answered within L turns.
 
 The controls are the acceptance gate for a trained policy; all of them should end near chance. With `blind` it sees a
 grey picture, with `overview` nothing finer than the first view, with `black_crop` each crop is black. Their last
-message is opened for the policy as an answer, so that a refusal to answer does not pass for ignorance.
+message is opened for the policy as an answer, and where the possible answers are known the likeliest of them is taken,
+so that neither a refusal to answer nor a broken message passes for ignorance.
 
     $ python eval.py                                       # runs/rl on fresh hard probes -> runs/eval
     $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval     # both curves in one figure
@@ -29,12 +30,13 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image
 
 import data
-from data import write_atomic
-from env import STOPS, CropEnv, fit_pixels
-from model import Policy, load_policy
+from data import COLORS, DIGITS, write_atomic
+from env import STOPS, CropEnv, fit_pixels, grade
+from model import Policy, load_policy, token_logprobs
 from rollout import Episode, draw_search, messages, rollout
 
 matplotlib.use("Agg")
@@ -75,6 +77,14 @@ class BlackCrops(CropEnv):
         return part if image is self.image else {**part, "image": Image.new("RGB", part["image"].size)}
 
 
+class BlackEpisode(Episode):
+    """An episode of that control, for those who look at its views again."""
+
+    def views(self) -> list[Image.Image]:
+        first, *crops = super().views()
+        return [first, *(Image.new("RGB", crop.size) for crop in crops)]
+
+
 def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
     """The probe as a control shows it: grey all over, or no finer than the first view."""
     image = probe.open()
@@ -83,6 +93,30 @@ def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
     if control == "overview":
         image = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels).resize(image.size)
     return dataclasses.replace(probe, image=image)
+
+
+@torch.no_grad()
+def choose(policy: Policy, episode: Episode, max_turns: int) -> Episode:
+    """A control's episode with its last message, opened by ANSWER_NOW, ended by the likeliest of the possible answers.
+
+    Unchanged if it ended before that message, or if the possible answers are not known (neither options nor ours).
+    """
+    probe = episode.probe
+    ours = () if probe.source not in data.PROBE_KINDS else DIGITS if probe.answer in DIGITS else COLORS
+    choices = list(probe.options or ours)
+    if episode.turns < max_turns or not choices:
+        return episode
+    begun = np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask    # (T,) first token of each message
+    opened = episode.token_ids[:np.flatnonzero(begun)[-1]]
+    rows = []
+    for choice in choices:
+        ids = np.append(opened, [*policy.encode(f"{choice}</answer>"), policy.im_end])
+        rows.append(dataclasses.replace(
+            episode, token_ids=ids, assistant_mask=np.arange(len(ids)) >= len(opened), logprobs=np.zeros(len(ids)),
+            stop="answer", answer=choice, reward=grade(choice, probe.answer, probe.options)))
+    likeliest = rows[int(token_logprobs(policy, rows).sum(1).argmax())]
+    mask = np.append(episode.assistant_mask[:len(opened)], likeliest.assistant_mask[len(opened):])
+    return dataclasses.replace(likeliest, assistant_mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -171,7 +205,7 @@ def picture(image: Image.Image, side: int) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def page(policy: Policy, episodes: list[Episode], control: str = "none") -> str:
+def page(policy: Policy, episodes: list[Episode]) -> str:
     """A plain page: per episode where it looked, what it saw, and what it said. Model text is escaped."""
     parts = ["<!doctype html><meta charset=utf-8><title>Trajectories</title><style>body{font:14px sans-serif;"
              "max-width:1000px;margin:2em auto}section{border-top:1px solid #ccc;padding:1em 0;overflow:auto}"
@@ -186,8 +220,6 @@ def page(policy: Policy, episodes: list[Episode], control: str = "none") -> str:
                      f"{html.escape(verdict)} (stop: {episode.stop}, {episode.turns} turns)<ol>")
         for number, text in enumerate(messages(policy, episode), 1):
             view = next(views) if number in looks else None
-            if view and control == "black_crop":
-                view = Image.new("RGB", view.size)
             parts.append(f"<li><code>{html.escape(text)}</code>{picture(view, 64) if view else ''}</li>")
         parts.append("</ol></section>")
     return "\n".join(parts)
@@ -223,6 +255,10 @@ def main(cfg: Config) -> None:
         temperature=cfg.temperature, seed=cfg.seed, slots=cfg.slots, progress="episodes",
         make_env=BlackCrops if cfg.control == "black_crop" else CropEnv,
         force_answer="" if cfg.control == "none" else ANSWER_NOW)
+    if cfg.control == "black_crop":
+        episodes = [BlackEpisode(**vars(episode)) for episode in episodes]
+    if cfg.control != "none":
+        episodes = [choose(policy, episode, limits[-1]) for episode in episodes]
     label = cfg.label or cfg.init.name
     results = {"label": label, "init": str(cfg.init), "probes": len(probes), "samples": cfg.samples, "seed": cfg.seed,
                "control": cfg.control, "seconds": round(time.time() - began, 1),
@@ -237,7 +273,7 @@ def main(cfg: Config) -> None:
         curves[name] = theirs["curve"]
     draw_curves(curves, cfg.trained_limit, cfg.out / "curve.png")
     shown = random.Random(cfg.seed).sample(episodes, min(cfg.shown, len(episodes)))
-    write_atomic(cfg.out / "trajectories.html", page(policy, shown, cfg.control).encode())
+    write_atomic(cfg.out / "trajectories.html", page(policy, shown).encode())
     print_table(results)
     print(f"{len(episodes)} episodes in {results['seconds']} s; results, curve.png and trajectories.html in {cfg.out}")
 

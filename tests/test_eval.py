@@ -18,7 +18,8 @@ import eval as eval_script
 import model as model_module
 import rollout as rollout_module
 from env import Crop, fit_pixels, format_action
-from eval import BlackCrops, Config, controlled, correct_within, mean_and_error, page, record, summarise
+from eval import (BlackCrops, BlackEpisode, Config, choose, controlled, correct_within, mean_and_error, page, record,
+                  summarise)
 from model import load_policy
 from rollout import Episode, messages, replay
 
@@ -167,6 +168,38 @@ def test_force_answer_opens_the_last_message_as_an_answer(tiny, monkeypatch):
     assert free.stop == "over_turn"
 
 
+def test_a_control_takes_the_likeliest_of_the_possible_answers(tiny, monkeypatch):
+    """Whatever was sampled after the opening, the four answers of the kind are compared, and one of them is given."""
+    probe = data.make_probe("sign", "easy", 1)
+    look = format_action(Crop((0.0, 0.0, 0.5, 0.5), 0))
+    scripted(monkeypatch, tiny, look, "nonsense")
+    forced, = rollout_module.rollout(tiny, [probe], max_turns=2, force_answer=eval_script.ANSWER_NOW)
+    assert forced.answer is None
+    told = choose(tiny, forced, 2)
+    assert (told.stop, told.turns) == ("answer", 2) and told.reward == float(told.answer == probe.answer)
+    assert messages(tiny, told) == [look, f"{told.answer}</answer>"] and len(told.views()) == 2
+    talk = tiny.decode(told.token_ids)
+    assert talk.endswith(f"{eval_script.ANSWER_NOW}{told.answer}</answer><|im_end|>")
+    said = {}
+    for digit in data.DIGITS:                                         # by hand: each of the four, written out
+        text = [look, f"{eval_script.ANSWER_NOW}{digit}</answer>"]
+        row = replay(tiny, probe, text)
+        said[digit] = model_module.token_logprobs(tiny, [row])[0, -3:].sum().item()   # digit, </answer>, end of turn
+    assert told.answer == max(said, key=said.get)
+
+
+def test_a_choice_is_made_only_where_the_answers_are_known_and_the_last_message_was_reached(tiny, monkeypatch):
+    look = format_action(Crop((0.0, 0.0, 0.5, 0.5), 0))
+    for probe, chosen in ((data.Probe(checkers(), "?", "red"), None),
+                          (data.Probe(checkers(), "?", ["2", "two"], source="elsewhere"), None),
+                          (data.Probe(checkers(), "?", "B", options={"A": "red", "B": "blue"}), {"A", "B"})):
+        scripted(monkeypatch, tiny, look, "nonsense")
+        forced, = rollout_module.rollout(tiny, [probe], max_turns=2, force_answer=eval_script.ANSWER_NOW)
+        told = choose(tiny, forced, 2)
+        assert told is forced if chosen is None else told.answer in chosen
+        assert choose(tiny, forced, 3) is forced
+
+
 @pytest.mark.parametrize("control, make_env, force", [
     ("none", rollout_module.CropEnv, False), ("blind", rollout_module.CropEnv, True),
     ("overview", rollout_module.CropEnv, True), ("black_crop", BlackCrops, True)])
@@ -293,7 +326,7 @@ def test_each_message_stands_beside_the_view_that_it_got(tiny):
 def test_the_page_of_the_black_crop_control_shows_black_crops(tiny):
     look = format_action(Crop((0.0, 0.0, 0.5, 0.5), 0))
     played = replay(tiny, data.Probe(checkers(), "?", "red"), [look, "<answer>red</answer>"])
-    _, seen = Tags(page(tiny, [played], "black_crop")).images
+    _, seen = Tags(page(tiny, [BlackEpisode(**vars(played))])).images
     assert seen.convert("RGB").getextrema() == ((0, 0),) * 3
     _, seen = Tags(page(tiny, [played])).images
     assert seen.convert("RGB").getextrema() != ((0, 0),) * 3
