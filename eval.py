@@ -106,7 +106,7 @@ def choose(policy: Policy, episode: Episode, max_turns: int) -> Episode:
     choices = list(probe.options or ours)
     if episode.turns < max_turns or not choices:
         return episode
-    begun = np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask    # (T,) first token of each message
+    begun = np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask    # (T,) where messages begin
     opened = episode.token_ids[:np.flatnonzero(begun)[-1]]
     rows = []
     for choice in choices:

@@ -52,7 +52,7 @@ class Config:
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
-    impatience: tuple[float, float] = (0.05, 0.15)  # range, a draw per search: a guess after the n-th miss is n times it
+    impatience: tuple[float, float] = (0.05, 0.15)  # one draw per search: chance of a guess after the n-th miss, over n
     patient_share: float = 0.10        # searches that never guess, however long
     slip: float = 0.02                 # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32                # longest trajectory
