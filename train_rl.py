@@ -54,7 +54,7 @@ class Config:
     max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void
     temperature: float = 1.0
     train_vision: bool = False         # train the vision tower too
-    micro_tokens: int = 16384          # tokens per training forward, padding included
+    micro_tokens: int = 4096           # tokens per training forward, padding included
     slots: int = 192                   # rollouts at once
     show_every: int = 10               # steps between two printed rollouts
     save_every: int = 20               # steps

@@ -56,7 +56,7 @@ class Config:
     patient_share: float = 0.10        # searches that never guess, however long
     slip: float = 0.02                 # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32                # longest trajectory
-    micro_tokens: int = 4096           # tokens per forward, padding included
+    micro_tokens: int = 2048           # tokens per forward, padding included
     save_every: int = 100              # steps
     device: str | None = None          # default: cuda if there is one
     resume: bool = False               # go on from the last checkpoint in `out`
