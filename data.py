@@ -606,12 +606,15 @@ def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impati
 
     trial_share: share of trial-and-error searches, the rest being depth-first. impatience: (lowest, highest), drawn
     log-uniformly for each search: of those that go on for long, too, some give up at every length. patient_share:
-    share of searches without impatience, whatever their length: they teach what a long search looks like.
+    share of searches without impatience, whatever their length: they teach what a long search looks like. Raises
+    UserError for an impatience that is no range above 0.
     """
+    low, high = impatience
+    if not 0 < low <= high:
+        raise UserError(f"impatience: {low} to {high} is no range above 0; a patient share of 1 is for no impatience")
     rng = random.Random(f"cold start/{seed}")
     for probe in probes:
         pattern = PATTERNS[rng.random() < trial_share]
-        low, high = impatience
         hurry = low * (high / low) ** rng.random() if rng.random() >= patient_share else 0.0
         script = search_script(probe, rng, pattern=pattern, impatience=hurry, slip=slip)
         if len(script) > max_turns or not script[-1].endswith(f"<answer>{probe.answer}</answer>"):

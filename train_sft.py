@@ -42,7 +42,7 @@ class Config:
     base: str = "tiny"                 # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 780                   # optimizer steps, warm-up included
+    steps: int = 620                   # optimizer steps, warm-up included
     warmup_steps: int = 240            # of them on single looks: perception first
     warmup_batch: int = 64             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step

@@ -358,6 +358,20 @@ def test_every_kept_trajectory_ends_right_and_a_share_is_long():
     assert any("guess" in t.texts[-1] for t in trajectories)          # guesses that were right by chance stay
 
 
+@pytest.mark.parametrize("impatience", [(0.0, 0.1), (0.2, 0.1), (-1.0, 1.0)])
+def test_an_impatience_that_is_no_range_is_refused(impatience):
+    with pytest.raises(UserError, match="impatience: .* is no range above 0"):
+        kept(1, impatience=impatience)
+
+
+def test_each_search_draws_its_own_impatience_from_the_range():
+    """One miss ends in a guess with the impatience itself: 100 % at (1, 1); from (0.01, 1), log-uniform, 21.5 %."""
+    def hurried(impatience):
+        return np.mean(["guess" in t.texts[1] for t in kept(150, impatience=impatience, patient_share=0.0)
+                        if len(t.texts) > 1 and "yes, read" not in t.texts[1]])
+    assert hurried((1.0, 1.0)) == 1.0 > hurried((0.01, 1.0)) > hurried((0.01, 0.01))
+
+
 def test_cold_start_is_reproducible_and_its_shares_are_obeyed():
     assert [t.texts for t in kept(5)] == [t.texts for t in kept(5)] != [t.texts for t in kept(5, seed=1)]
     assert {t.pattern for t in kept(8, trial_share=0.0)} == {"depth_first"}
