@@ -22,6 +22,8 @@ and an impatience that grows with every miss. Only those that end correct are ke
 
 Read next: model.py.
 """
+import errno
+import fcntl
 import functools
 import io
 import itertools
@@ -32,6 +34,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +43,7 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import Crop, CropEnv, ImageError, fit_pixels, format_action, grade, load_image
+from env import MAX_IMAGE_PIXELS, Crop, CropEnv, ImageError, fit_pixels, format_action, grade, load_image
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {                       # our own definition: look-alikes, glyph height in cells, background contrast
@@ -60,12 +63,22 @@ class UserError(ValueError):
 
 
 def command(main: Callable, config: type) -> None:
-    """Runs a script: command line -> dataclass -> main(config). A user's mistake is one line and exit code 2."""
+    """Runs a script: command line -> dataclass -> main(config). A user's mistake is one line and exit code 2.
+
+    So is a full disk; Ctrl-C where no step can be finished is one line and exit code 130.
+    """
     try:
-        main(tyro.cli(config))
+        return main(tyro.cli(config))
     except (UserError, ImageError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)       # on a line of its own, also when a bar is on the screen
-        sys.exit(2)
+        said, code = f"error: {error}", 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        said, code = f"error: {error}; is the disk full? What was written before is whole", 2
+    except KeyboardInterrupt:
+        said, code = "stopped", 130
+    tqdm.write(said, file=sys.stderr)                        # on a line of its own, also when a bar is on the screen
+    sys.exit(code)
 
 
 @dataclass
@@ -77,6 +90,7 @@ class Probe:
     answer: the right answer, or the right letter when `options` is {letter: text}; a list means aliases.
     boxes: gold boxes, xyxy relative to the image (width = height = 1), one per look that the answer needs.
     source: the published row's `data_source`, or the probe kind. meta: whatever else is known (scene, ids).
+    max_image_pixels: a larger image file is refused when it is opened.
     """
     image: Image.Image | str | Callable[[], Image.Image]
     question: str
@@ -86,12 +100,13 @@ class Probe:
     source: str = ""
     difficulty: str = ""
     meta: dict = field(default_factory=dict)
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def open(self) -> Image.Image:
         """The image as upright RGB; ImageError names the file if it cannot be read."""
         if callable(self.image):
             self.image = self.image()
-        return self.image if isinstance(self.image, Image.Image) else load_image(self.image)
+        return self.image if isinstance(self.image, Image.Image) else load_image(self.image, self.max_image_pixels)
 
     def prompt(self) -> str:
         """The question, with its options one per line where there are any."""
@@ -312,14 +327,49 @@ SAVED = {                              # the fields of a Probe in probes.jsonl, 
 }
 
 
+def sync(file: Path) -> None:
+    """Waits until a file is on the disk: else a crash of the machine could leave its new name with no content."""
+    with open(file, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to be written inside the block; then it takes the place of `path`, whole."""
+    temporary = path.with_name(f".tmp.{path.name}")              # the ending stays: some writers go by it
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+_locks: list = []                      # open files: a lock lasts as long as its process, also if that is killed
+
+
+def lock(directory: Path) -> None:
+    """Makes a directory ours until this process ends. UserError while another process writes there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _locks.append(open(directory / ".lock", "a"))
+    try:
+        fcntl.lockf(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is writing to {directory}: wait for it, or give another --out") from None
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; UserError if there is none."""
+    content = _json(_text_of(file), str(file))
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: should be an object {{...}}, not {_short(content)}")
+    return content
 
 
 def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
@@ -331,7 +381,7 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
     try:
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} is not empty: give another directory, or delete it first")
-        (directory / "images").mkdir(parents=True, exist_ok=True)
+        (directory / "images").mkdir(parents=True)                  # of two processes, the second fails here
         lines = []
         for number, probe in enumerate(probes):
             name, png = f"images/{number:05d}.png", io.BytesIO()
@@ -343,7 +393,7 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
         raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
 
 
-def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
+def load_probes(path: str | Path, limit: int | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[Probe]:
     """Reads a set of probes, or its first `limit` rows. The images stay on disk until they are opened.
 
     path: one of these files, or the folder that holds it
@@ -374,6 +424,7 @@ def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
             if not isinstance(row, dict):
                 raise UserError(f"should be an object {{...}}, not {_short(row)}")
             probes.append(to_probe(row, file.parent))
+            probes[-1].max_image_pixels = max_image_pixels
             _check(probes[-1])
         except UserError as error:
             raise UserError(f"{file}, row {number}: {error}") from None
@@ -453,13 +504,16 @@ def _field(row: dict, key: str, *types: type):
 
 
 def _image_file(name: str, root: Path) -> str:
-    """The path of an image under `root`: a row shall not make us read other files. Links are followed, since the
-    cache of the Hugging Face hub is made of them.
+    """The path of an image under `root`: neither a row nor a link shall make us read other files. In the cache of the
+    Hugging Face hub, snapshots/REVISION holds links into the blobs beside snapshots: there, the folder of both counts.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"the image {_short(name)} is not under {root}")
     if not (root / name).is_file():
         raise UserError(f"the image {root / name} is missing; is the set complete?")
+    hub = [p.parent for p in root.resolve().parents if p.name == "snapshots" and (p.parent / "blobs").is_dir()]
+    if not (root / name).resolve().is_relative_to(hub[0] if hub else root.resolve()):
+        raise UserError(f"the image {root / name} is a link that is not under {root}: put the image itself there")
     return str(root / name)
 
 
@@ -645,6 +699,7 @@ class Config:
     grid: int = 6                      # cells per side of the picture
     cell: int = 48                     # pixels per cell side
     backgrounds: Path | None = None    # folder of photographs to lie under the plates; default: drawn clutter
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: --check refuses larger image files
 
 
 def draw_sheet(probes: list[Probe], columns: int = 3, view: int = 48) -> Image.Image:
@@ -708,9 +763,9 @@ def draw_set(cfg: Config) -> None:
     print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
 
 
-def check_set(path: Path) -> None:
+def check_set(path: Path, max_image_pixels: int) -> None:
     """Prints what load_probes makes of a set, and opens every image."""
-    probes = load_probes(path)
+    probes = load_probes(path, max_image_pixels=max_image_pixels)
     sizes = Counter("{} x {}".format(*probe.open().size) for probe in tqdm(probes, desc="images"))
     counts = {"sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
               "answers": Counter(str(p.answer) for p in probes), "image sizes": sizes}
@@ -724,7 +779,7 @@ def check_set(path: Path) -> None:
 def main(cfg: Config) -> None:
     if (cfg.out is None) == (cfg.check is None):
         raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set")
-    draw_set(cfg) if cfg.out else check_set(cfg.check)
+    draw_set(cfg) if cfg.out else check_set(cfg.check, cfg.max_image_pixels)
 
 
 if __name__ == "__main__":

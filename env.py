@@ -40,6 +40,7 @@ What one assistant message leads to (the first row that fits; a turn is one assi
     a good crop; a box that sticks out is clamped to [0, 1]    (observation, None)
 
 Two stops come from the rollout, which counts tokens: "over_context", and "void" for a message that was cut.
+Training and evaluation count every stop and every code, as stop/NAME and error/CODE.
 Thoughts do not nest: the first </think> closes, and a <think> that is never closed hides the rest.
 
 The reference code differs: of several crops, or a crop and an answer, it runs the last crop; an unclosed tag
@@ -83,6 +84,7 @@ MAX_ECHO_CHARS = 200  # of the model's own text in an error observation
 MAX_ANSWER_CHARS = 1_000  # a longer prediction is wrong
 MIN_CROP_SIDE = 2  # native pixels
 MAX_ASPECT = 200  # longer side / shorter side of a crop
+MAX_IMAGE_PIXELS = 178_000_000  # of a file; Pillow itself refuses more than 178.9 million
 MAX_VIEW_ASPECT = 190  # a longer strip is shown squeezed: the processors of Qwen refuse ratios above 200
 
 
@@ -248,6 +250,10 @@ def fit_pixels(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Im
     if size[0] * size[1] < min_pixels:
         larger = math.ceil(width * scale - 1e-9), math.ceil(height * scale - 1e-9)
         size = larger if larger[0] * larger[1] <= max_pixels else size
+    if max(size) > MAX_VIEW_ASPECT * min(size):  # rounded down, a small strip can pass the limit again
+        short = min(size) + 1
+        long = min(max(size), max_pixels // short)
+        size = (long, short) if size[0] > size[1] else (short, long)
     if size == image.size:
         return image
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
@@ -409,11 +415,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(path: str | Path, max_image_pixels: int = 178_000_000) -> Image.Image:
+def load_image(path: str | Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """An upright RGB image from a file: EXIF orientation applied, alpha on white, frame 0 of an animation.
 
     ImageError for a file that is missing, broken, cut short, no image, or larger than max_image_pixels (width
-    times height, checked before the pixels are read; Pillow itself refuses more than 178.9 million).
+    times height, checked before the pixels are read).
     """
     try:
         with Image.open(path) as image:
@@ -489,12 +495,13 @@ def grade(prediction: str | None, answer: str | list[str], options: dict[str, st
 # ---------------------------------------------------------------------------------------------- demo
 
 
-def main(photo: Path, /, out: Path = Path("runs/env")) -> None:
+def main(photo: Path, /, out: Path = Path("runs/env"), max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
     """Plays a scripted search on a photo: three crops, one of them of a crop, one mistake, one answer.
 
     Args:
         photo: any image file
         out: folder for the crops, in native pixels
+        max_image_pixels: a larger photo is refused
     """
     script = [
         ("The middle first.", Crop((0.25, 0.25, 0.75, 0.75), 0)),
@@ -504,7 +511,7 @@ def main(photo: Path, /, out: Path = Path("runs/env")) -> None:
         ("Enough.", Answer("a photo")),
     ]
     try:
-        env = CropEnv(load_image(photo), "What is this?")
+        env = CropEnv(load_image(photo, max_image_pixels), "What is this?")
         out.mkdir(parents=True, exist_ok=True)
         _, first = env.reset()
         print(f"user       {env.image.width} x {env.image.height}, shown as {_describe(first)}")

@@ -9,6 +9,9 @@ grey picture, with `overview` nothing finer than the first view, with `black_cro
 message is opened for the policy as an answer, and where the possible answers are known the likeliest of them is taken,
 so that neither a refusal to answer nor a broken message passes for ignorance.
 
+Nothing is kept before the end, and results.json is written last: after a crash, the same command starts again, and
+gives what it would have given.
+
     $ python eval.py                                       # runs/rl on fresh hard probes -> runs/eval
     $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval     # both curves in one figure
     $ python eval.py --control blind --out runs/eval_blind
@@ -35,8 +38,8 @@ from PIL import Image
 
 import data
 from data import COLORS, DIGITS, write_atomic
-from env import STOPS, CropEnv, fit_pixels, grade
-from model import Policy, load_policy, token_logprobs
+from env import ERROR_CODES, MAX_IMAGE_PIXELS, STOPS, CropEnv, fit_pixels, grade
+from model import Policy, load_policy, memory_advice, token_logprobs
 from rollout import Episode, draw_search, messages, rollout
 
 matplotlib.use("Agg")
@@ -54,6 +57,7 @@ class Config:
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # of fresh probes, drawn evenly
     data: Path | None = None           # probes: our JSONL or a published set; default: fresh ones, never trained on
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file of `data` is refused
     samples: int = 1                   # K episodes per probe: Avg@K
     turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve; episodes run to the largest
     trained_limit: int = 6             # marked in the figure
@@ -157,6 +161,7 @@ def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) ->
         "correct_by_turns": {f"{low + 1}-{high}": statistics.fmean(
             correct_within(e, high) - correct_within(e, low) for e in episodes) for low, high in zip(edges, limits)},
         "stops": {name: statistics.fmean(e.stop == name for e in episodes) for name in STOPS},
+        "errors": {code: statistics.fmean(e.errors.count(code) for e in episodes) for code in ERROR_CODES[1:]},
         "mean_turns": statistics.fmean(e.turns for e in episodes),
         "repeated_crops": (sum(len(e.crops) - len(set(e.crops)) for e in episodes)
                            / max(1, sum(len(e.crops) for e in episodes))),
@@ -191,7 +196,8 @@ def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None
     axes.set_xticks(sorted({int(limit) for curve in curves.values() for limit in curve}))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    with data.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     pyplot.close(figure)
 
 
@@ -235,9 +241,10 @@ def record(policy: Policy, episode: Episode) -> dict:
 
 # ------------------------------------------------------------------------------------------------ the command
 
+@memory_advice("--slots", "--max_context", "--turn_limits")
 def main(cfg: Config) -> None:
     if cfg.data:
-        probes = data.load_probes(cfg.data, cfg.count)
+        probes = data.load_probes(cfg.data, cfg.count, cfg.max_image_pixels)
     else:
         stream = data.probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
         probes = [next(stream) for _ in range(cfg.count)]
@@ -246,8 +253,11 @@ def main(cfg: Config) -> None:
     for other in cfg.against:
         if not (other / "results.json").exists():
             raise data.UserError(f"--against: no results.json in {other}")
-        against.append(json.loads((other / "results.json").read_text()))
+        against.append(data.read_json(other / "results.json"))
+        if not {"label", "curve"} <= against[-1].keys():
+            raise data.UserError(f"--against: {other / 'results.json'} holds no label and curve")
     policy = load_policy(str(cfg.init), device=cfg.device)
+    data.lock(cfg.out)
     began = time.time()
     episodes = rollout(
         policy, [controlled(probe, cfg.control, policy) for probe in probes], group_size=cfg.samples,
@@ -263,8 +273,7 @@ def main(cfg: Config) -> None:
     results = {"label": label, "init": str(cfg.init), "probes": len(probes), "samples": cfg.samples, "seed": cfg.seed,
                "control": cfg.control, "seconds": round(time.time() - began, 1),
                **summarise(episodes, cfg.samples, limits)}
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(cfg.out / "results.json", json.dumps(results, indent=1).encode())
+    (cfg.out / "results.json").unlink(missing_ok=True)     # of an earlier evaluation; if it is there, all of it is
     lines = (json.dumps(record(policy, episode)) + "\n" for episode in episodes)
     write_atomic(cfg.out / "episodes.jsonl", "".join(lines).encode())
     curves = {label: results["curve"]}
@@ -274,6 +283,7 @@ def main(cfg: Config) -> None:
     draw_curves(curves, cfg.trained_limit, cfg.out / "curve.png")
     shown = random.Random(cfg.seed).sample(episodes, min(cfg.shown, len(episodes)))
     write_atomic(cfg.out / "trajectories.html", page(policy, shown).encode())
+    write_atomic(cfg.out / "results.json", json.dumps(results, indent=1).encode())
     print_table(results)
     print(f"{len(episodes)} episodes in {results['seconds']} s; results, curve.png and trajectories.html in {cfg.out}")
 

@@ -18,16 +18,23 @@ Three rules keep a multi-turn conversation exact (measured in transformers 5.23,
 
 Read next: rollout.py.
 """
+import gc
 import json
 import math
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import peft
+import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -233,14 +240,46 @@ class Policy:
     # -- saving
 
     def save(self, directory: Path) -> None:
-        """Writes model (or adapter), tokenizer, image processor and protocol in the Hugging Face layout."""
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-        self.image_processor.save_pretrained(directory)
-        (Path(directory) / "protocol.json").write_text(json.dumps(asdict(self.protocol), indent=1))
+        """Writes model (or adapter), tokenizer, image processor and protocol in the Hugging Face layout.
+
+        First all of it into a folder inside, then file by file in place of the last save, which is whole until then.
+        """
+        partial = Path(directory) / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)               # of a process that was killed
+        try:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            self.image_processor.save_pretrained(partial)
+            (partial / "protocol.json").write_text(json.dumps(asdict(self.protocol), indent=1))
+            for file in sorted(partial.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
+                data.sync(file)
+                os.replace(file, Path(directory) / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"    # never the tower
+
+
+FILE_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, UserWarning,
+               StrictDataclassError, safetensors.SafetensorError)    # what libraries raise on bad files and full disks
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line of at most 200 characters."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+def check_files(directory: Path) -> None:
+    """UserError that names the first file of a checkpoint that is cut short: the loaders do not say which one it is."""
+    for name in ("config", "adapter_config", "tokenizer", "tokenizer_config", "preprocessor_config", "protocol"):
+        if (directory / f"{name}.json").exists():
+            data.read_json(directory / f"{name}.json")
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            safetensors.safe_open(file, "pt").keys()
+        except FILE_ERRORS as error:
+            raise data.UserError(f"{file}: {error}; is the file cut short?") from None
 
 
 def load_policy(name: str, *, adapter: str | None = None, quantize: str | None = None, lora_rank: int | None = None,
@@ -261,8 +300,10 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
                                                           min_pixels=16 * 16, max_pixels=1024 * 1024)
         model = tiny_model(tokenizer).to(device, dtype or torch.float32)
     else:
+        check_files(directory)
         if (directory / "adapter_config.json").exists():
-            adapter, name = name, peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+            adapter, name = name, str(data.read_json(directory / "adapter_config.json").get("base_model_name_or_path"))
+            check_files(Path(name))
         elif directory.exists() and not (directory / "config.json").exists():
             raise data.UserError(f"{directory} holds no policy (neither config.json nor adapter_config.json)")
         options = {"dtype": dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)}
@@ -275,26 +316,54 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
         elif quantize is not None:
             raise data.UserError(f"quantize={quantize!r}: only 'nf4' is known")
         try:
-            model = transformers.AutoModelForImageTextToText.from_pretrained(name, device_map={"": device}, **options)
+            model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+                name, device_map={"": device}, output_loading_info=True, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(name)
-        except OSError as error:
+            protocol = Protocol()
+            for place in (Path(adapter or name), Path(name)):
+                if (place / "protocol.json").exists():
+                    protocol = Protocol(**data.read_json(place / "protocol.json"))
+                    break
+        except FILE_ERRORS as error:
             where = "" if Path(name).exists() else "no such directory here, and not on the Hub: "
-            raise data.UserError(f"cannot load {name}: {where}{str(error).splitlines()[0]}") from error
-        protocol = Protocol()
-        for place in (Path(adapter or name), Path(name)):
-            if (place / "protocol.json").exists():
-                protocol = Protocol(**json.loads((place / "protocol.json").read_text()))
-                break
+            raise data.UserError(f"cannot load {name}: {where}{reason(error)}") from error
+        if report["missing_keys"]:                          # transformers would go on with random weights
+            raise data.UserError(f"cannot load {name}: it lacks {min(report['missing_keys'])}")
     model.set_attn_implementation({"vision_config": "flash_batched_windows"})
     if adapter:
-        model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        try:
+            with warnings.catch_warnings():                 # an adapter for other layers: peft would go on without it
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        except FILE_ERRORS as error:
+            raise data.UserError(f"cannot put the adapter {adapter} on {name}: {reason(error)}") from error
     elif lora_rank:
         model.requires_grad_(False)
         config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS,
                                  task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config)
     return Policy(model, tokenizer, processor, protocol, name)
+
+
+@contextmanager
+def memory_advice(*flags: str):
+    """A decorator for a command: out of GPU memory is one message, with what was there and the flags that need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        held = gc.get_objects()                             # type(): isinstance asks an object, and not all can answer
+        weights = [thing for thing in held if issubclass(type(thing), nn.Parameter)]
+        moments = [value for thing in held if issubclass(type(thing), torch.optim.Optimizer)
+                   for state in thing.state.values() for value in state.values() if torch.is_tensor(value)]
+        parts = {"weights": weights, "gradients": [p.grad for p in weights if p.grad is not None], "optimizer": moments}
+        sizes = {name: sum(t.nbytes for t in part if t.is_cuda) / 1e9 for name, part in parts.items()}
+        total = torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        sizes["activations, KV cache and the rest"] = max(0.0, total - sum(sizes.values()))
+        raise data.UserError(
+            f"out of GPU memory ({reason(error)}). In memory: {total:.2f} GB, of which "
+            + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
+            + f". Less is needed with smaller {', '.join(flags)}") from error
 
 
 # ------------------------------------------------------------------------------------------------ positions, log-probs

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import data
-from env import Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
-from model import Policy, load_policy, mrope_positions, sampled_logprobs
+from env import MAX_IMAGE_PIXELS, Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
+from model import Policy, load_policy, memory_advice, mrope_positions, sampled_logprobs
 
 
 @dataclass
@@ -366,12 +366,14 @@ class Config:
     max_turns: int = 32                # assistant messages
     temperature: float = 1.0           # 0 takes the most likely token
     max_turn_tokens: int = 1024        # a longer message is cut, and the search ends
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file is refused
     seed: int = 0
     device: str | None = None          # default: cuda if there is one
 
 
+@memory_advice("--max_turns", "--max_turn_tokens", "--init")
 def main(cfg: Config) -> None:
-    probe = data.Probe(load_image(cfg.image), cfg.question, answer="")
+    probe = data.Probe(load_image(cfg.image, cfg.max_image_pixels), cfg.question, answer="")
     policy = load_policy(str(cfg.init), device=cfg.device)
     episode, = rollout(policy, [probe], max_turns=cfg.max_turns, temperature=cfg.temperature, seed=cfg.seed,
                        max_turn_tokens=cfg.max_turn_tokens)
@@ -379,7 +381,8 @@ def main(cfg: Config) -> None:
         print(f"{i:2d}. {text}")
     print(f"stop: {episode.stop}   answer: {episode.answer}")
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_search(episode).save(cfg.out)
+    with data.replacing(cfg.out) as temporary:
+        draw_search(episode).save(temporary)
     print(f"where it looked: {cfg.out}")
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from env import STOPS
-from model import load_policy, micro_batches, token_logprobs
+from env import ERROR_CODES, STOPS
+from model import load_policy, memory_advice, micro_batches, token_logprobs
 from rollout import Episode, describe, rollout
-from train_sft import go_on, load_run, log, open_run, peak_gb, save_run, stop_on_signal
+from train_sft import go_on, load_run, log, open_run, peak_gb, report_skipped, save_run, stop_on_signal, update
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
+@memory_advice("--micro_tokens", "--slots", "--max_context")
 def main(cfg: Config) -> None:
     if not cfg.init.exists():
         raise data.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py --out {cfg.init}")
@@ -169,7 +170,7 @@ def main(cfg: Config) -> None:
         # (c) What is the loss divided by? Paper: the rollouts that count. Code: all of them. We follow the paper.
         counted = ~masked if cfg.denominator == "completed" else torch.ones_like(masked)                      # (Q, G)
 
-        norms, clipped_tokens, trained_tokens = [], 0, 0
+        norms, skipped, clipped_tokens, trained_tokens = [], 0, 0, 0
         share = -(-len(groups) // cfg.updates) or 1
         for first in range(0, len(groups), share):
             chosen = range(first, min(first + share, len(groups)))
@@ -188,9 +189,9 @@ def main(cfg: Config) -> None:
                 ratio = torch.exp(logp.detach() - old_logp)[sampled]
                 clipped_tokens += int(((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum())
                 trained_tokens += int(sampled.sum())
-            norms.append(torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip).item())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm, bad = update(optimizer, cfg.grad_clip)
+            norms += [] if bad else [norm]
+            skipped += bad
 
         mean = lambda values: sum(values) / max(1, len(values))
         nll = -sum(float(e.logprobs.sum()) for e in everything)
@@ -202,14 +203,17 @@ def main(cfg: Config) -> None:
             "wrong": mean([e.stop == "answer" and e.reward == 0 for e in everything]),
             "turns": mean([e.turns for e in everything]), "crops": mean([len(e.crops) for e in everything]),
             "errors": mean([len(e.errors) for e in everything]),
+            **{f"error/{code}": mean([e.errors.count(code) for e in everything]) for code in ERROR_CODES[1:]},
             "groups/rolled": len(rolled), "groups/trained": len(groups),
             "groups/zero_spread": mean([len({e.reward for e in group}) == 1 for group in rolled]),
             "clip_fraction": clipped_tokens / max(1, trained_tokens), "entropy": nll / max(1, sampled_tokens),
-            "grad_norm": mean(norms), "trained_tokens": trained_tokens,
+            "grad_norm": mean(norms), "skipped": skipped, "trained_tokens": trained_tokens,
             "time/rollout": rolled_at - began, "time/step": time.time() - began,
             "tokens_per_second": sampled_tokens / (rolled_at - began), "memory_gb": peak_gb()}
         metrics["time/eta"] = (cfg.steps - step - 1) * metrics["time/step"]
         log(cfg.out, metrics)
+        if skipped:
+            report_skipped(cfg.out, [episode for group in groups for episode in group])
         tqdm.write(f"step {step + 1:3d}  reward {metrics['reward']:.2f}  wrong {metrics['wrong']:.2f}  "
                    f"over-turn {metrics['stop/over_turn']:.2f}  void {metrics['stop/void']:.2f}  "
                    f"turns {metrics['turns']:.1f}  entropy {metrics['entropy']:.3f}  "

@@ -13,15 +13,17 @@ is it the one?); then it learns whole searches. Real bases skip the warm-up. Bat
 Read next: train_rl.py.
 """
 import json
-import os
+import math
 import platform
 import random
 import resource
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from data import write_atomic
-from model import Policy, load_policy, micro_batches, token_logprobs
+from model import FILE_ERRORS, Policy, load_policy, memory_advice, micro_batches, reason, token_logprobs
 from rollout import Episode, replay
 
 
@@ -98,25 +100,25 @@ def learning_rate(cfg: Config, step: int) -> float:
 # ------------------------------------------------------------------------------------------------ run directories
 
 def open_run(cfg, resume: bool, policy_name: str) -> None:
-    """Makes the run directory and writes run.json: configuration, commit and versions. ValueError if it is taken."""
+    """Makes the run directory, locks it and writes run.json: configuration, commit and versions. UserError if taken."""
     taken = (cfg.out / "state.pt").exists() or (cfg.out / "metrics.jsonl").exists()
-    if resume and not (cfg.out / "state.pt").exists():
+    if resume and not (cfg.out / "run.json").exists():
         raise data.UserError(f"--resume: no checkpoint in {cfg.out}; "
                              + ("delete it and run again" if taken else "run without --resume first"))
+    data.lock(cfg.out)
     if taken and not resume:
         raise data.UserError(f"{cfg.out} holds a run already: pass --resume to go on, or another --out")
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "device")}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "device")}
     settings = json.loads(json.dumps(settings, default=str))
     if resume:
-        about = json.loads((cfg.out / "run.json").read_text())
-        before = about["config"]
+        about = data.read_json(cfg.out / "run.json")
+        before = about["config"] if isinstance(about.get("config"), dict) else {}
         changed = [k for k in settings if settings[k] != before.get(k)]
         if [k for k in changed if k != "steps"]:
             raise data.UserError(f"--resume: {cfg.out} was started with another " + ", ".join(
                 f"{k} ({before.get(k)}, now {settings[k]})" for k in changed))
         about["config"] = settings
     else:
-        cfg.out.mkdir(parents=True, exist_ok=True)
         about = {"config": settings, "commit": commit(), "python": platform.python_version(),
                  "torch": torch.__version__, "transformers": transformers.__version__, "policy": policy_name}
     write_atomic(cfg.out / "run.json", json.dumps(about, indent=1).encode())
@@ -138,21 +140,55 @@ def go_on() -> str:
 
 
 def save_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Saves what an exact resume needs (state.pt, one file, replaced whole), then the Hugging Face layout beside it."""
+    """Saves the policy in the Hugging Face layout, and what an exact resume needs beside it (state.pt).
+
+    state.pt comes last, so that it is never of a later step than the policy. UserError when it cannot be written.
+    """
     trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
-    torch.save({"step": step, "weights": trained, "optimizer": optimizer.state_dict()}, out / "state.pt.tmp")
-    os.replace(out / "state.pt.tmp", out / "state.pt")
-    policy.save(out)
+    state = {"step": step, "weights": trained, "optimizer": optimizer.state_dict(), "frozen": frozen_sum(policy)}
+    try:
+        policy.save(out)
+        with data.replacing(out / "state.pt") as temporary:
+            torch.save(state, temporary)
+    except FILE_ERRORS as error:                # a full disk has three names: torch's, that of safetensors, and OSError
+        raise data.UserError(f"step {step} could not be saved in {out} ({reason(error)}); is the disk full? The last "
+                             f"checkpoint is whole; go on from it with: {go_on()}") from error
+
+
+def frozen_sum(policy: Policy) -> int:
+    """The sum of all bytes of the weights that are not trained, which state.pt does not hold: are they the same?"""
+    return sum(int(p.detach().flatten().view(torch.uint8).sum(dtype=torch.int64))
+               for p in policy.model.parameters() if not p.requires_grad)
 
 
 def load_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Loads weights and optimizer of the last checkpoint, forgets later metrics; returns the number of steps done."""
-    state = torch.load(out / "state.pt", map_location=policy.device, weights_only=True)
-    policy.model.load_state_dict(state["weights"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    lines = (out / "metrics.jsonl").read_text().splitlines()[:state["step"]]
+    """Loads weights and optimizer of the last checkpoint, forgets later metrics; returns the number of steps done.
+
+    0 for a run that was killed before its first checkpoint. UserError for a checkpoint that is broken, or of another
+    policy.
+    """
+    file, step, frozen = out / "state.pt", 0, frozen_sum(policy)
+    try:
+        if file.exists():
+            damaged = zipfile.ZipFile(file).testzip()                 # compares checksums: torch does not
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")
+            state = torch.load(file, map_location=policy.device, weights_only=True)
+            theirs = {name: tuple(weight.shape) for name, weight in state["weights"].items()}
+            ours = {name: tuple(p.shape) for name, p in policy.model.named_parameters() if p.requires_grad}
+            other = min((name for name in theirs | ours if theirs.get(name) != ours.get(name)), default="")
+            if other or state.get("frozen", frozen) != frozen:
+                raise ValueError(f"it is a checkpoint of another policy, {other or 'the frozen weights'} differ")
+            policy.model.load_state_dict(state["weights"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            step = int(state["step"])
+        lines = (out / "metrics.jsonl").read_text().splitlines()[:step] if step else []
+        if len(lines) < step:
+            raise ValueError(f"metrics.jsonl has {len(lines)} lines only, the checkpoint is of step {step}")
+    except (*FILE_ERRORS, EOFError, struct.error, zipfile.BadZipFile) as error:
+        raise data.UserError(f"--resume: cannot go on from {file}: {reason(error)}") from error
     write_atomic(out / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    return state["step"]
+    return step
 
 
 def stop_on_signal() -> list:
@@ -178,12 +214,41 @@ def peak_gb() -> float:
 
 
 def log(out: Path, metrics: dict) -> None:
+    """Appends a line to metrics.jsonl. JSON knows no NaN and no infinity: null stands for both."""
+    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     with open(out / "metrics.jsonl", "a") as f:
         f.write(json.dumps(metrics) + "\n")
 
 
+def update(optimizer: torch.optim.Optimizer, grad_clip: float, loss: float = 0.0) -> tuple[float, bool]:
+    """An optimizer step, unless loss or gradient is not finite: (gradient norm before clipping, was it skipped?)."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip).item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, not finite
+
+
+def report_skipped(out: Path, episodes: list[Episode]) -> None:
+    """Tells of the skipped update that was just logged. The tenth step in a row with one ends the run: UserError."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-10:]]
+    tqdm.write(f"step {rows[-1]['step']}: loss or gradient is not finite, update skipped")
+    if len(rows) == 10 and all(row.get("skipped") for row in rows):
+        batch = [{"token_ids": torch.from_numpy(e.token_ids), "assistant_mask": torch.from_numpy(e.assistant_mask),
+                  "logprobs": torch.from_numpy(e.logprobs), "crops": [(crop.box, crop.source) for crop in e.crops],
+                  "reward": e.reward, "stop": e.stop, "question": e.probe.question, "kind": e.probe.source,
+                  "difficulty": e.probe.difficulty, "seed": e.probe.meta.get("seed")} for e in episodes]
+        with data.replacing(out / "broken_batch.pt") as temporary:
+            torch.save(batch, temporary)
+        raise data.UserError(f"ten steps in a row without a finite loss and gradient; the batch of the last one is in "
+                             f"{out / 'broken_batch.pt'}. Start again with a smaller --lr and another --out")
+
+
 # ------------------------------------------------------------------------------------------------ training
 
+@memory_advice("--micro_tokens", "--max_turns", "--base")
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     policy = load_policy(cfg.base, device=cfg.device)
@@ -206,16 +271,16 @@ def main(cfg: Config) -> None:
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm, skipped = update(optimizer, cfg.grad_clip, loss)
 
         metrics = {"step": step + 1, "phase": "warm-up" if step < cfg.warmup_steps else "search", "loss": loss,
-                   "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": denominator,
-                   "turns": sum(e.turns for e in episodes) / len(episodes), "time/step": time.time() - began,
-                   "time/wait": began - ended, "memory_gb": peak_gb()}
+                   "grad_norm": norm, "skipped": int(skipped), "lr": optimizer.param_groups[0]["lr"],
+                   "tokens": denominator, "turns": sum(e.turns for e in episodes) / len(episodes),
+                   "time/step": time.time() - began, "time/wait": began - ended, "memory_gb": peak_gb()}
         ended = time.time()
         log(cfg.out, metrics)
+        if skipped:
+            report_skipped(cfg.out, episodes)
         if step % 10 == 9:
             tqdm.write(f"step {step + 1:4d}  {metrics['phase']:7s}  loss {loss:.3f}  grad {norm:.2f}  "
                        f"turns {metrics['turns']:.1f}  {metrics['time/step']:.2f} s + {metrics['time/wait']:.2f} s "
