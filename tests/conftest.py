@@ -23,6 +23,11 @@ transformers.utils.logging.disable_progress_bar()
 settings.register_profile("repeatable", deadline=None, derandomize=True)   # same examples each run, nothing on disk
 settings.load_profile("repeatable")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--examples", type=int, default=10_000, help="messages that test_hostile.py draws")
+
+
 RAGGED = Protocol("Search the picture.", "Observation {label}:", "That failed: {error}", 32 * 32, 96 * 96)
 
 

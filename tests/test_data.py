@@ -529,6 +529,8 @@ BAD_ROWS = [
 ]
 
 
+@pytest.mark.survives("files", "rows with wrong types, missing keys, broken JSON, missing images",
+                      "one line with the file and the row; no row is left out")
 @pytest.mark.parametrize("row, message", BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_errors_name_the_file_and_the_row(tmp_path, row, message):
     file = write_rows(tmp_path, [GOOD, "", row, GOOD])

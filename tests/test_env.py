@@ -99,6 +99,8 @@ def test_well_formed_actions_are_read(text, action):
     assert parse_action(text) == action
 
 
+@pytest.mark.survives("model output", "reversed, empty and outer boxes; odd sources; two actions; unclosed tags",
+                      "one error code each (the table in `env.py`); costs a turn")
 @pytest.mark.parametrize(
     "text, code",
     [
@@ -217,6 +219,7 @@ def test_an_action_inside_a_thought_does_not_count():
     assert code_of("<think><think>a</think><answer>red") == "unclosed_tag"  # thoughts do not nest
 
 
+@pytest.mark.survives("model output", "1 MB of one tag, bracket or quote", "read in linear time")
 @pytest.mark.parametrize(
     "text",
     ["<think>", "</think>", "<think></think>", "<answer>", "</answer>", "<grounding>", "<", "{", "[", '"'],
@@ -403,6 +406,7 @@ def test_a_crop_of_a_crop_stays_as_sharp_as_the_photo(photo):
     assert message["content"][1]["image"].size == (18, 21)
 
 
+@pytest.mark.survives("model output", "a failed call before a good one", "the label is still the index in the bank")
 def test_labels_equal_the_index_in_the_bank_after_a_failed_call():
     env = small_env()
     texts = call("[1, 1, 0, 0]"), call(), call("oops"), call(source="observation_1")
@@ -623,6 +627,7 @@ def saved(tmp_path, image, name, **options):
     return tmp_path / name
 
 
+@pytest.mark.survives("files", "EXIF orientation", "turned upright before any box")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_are_turned_upright(tmp_path, orientation):
     exif = Image.Exif()
@@ -632,6 +637,7 @@ def test_photos_are_turned_upright(tmp_path, orientation):
     assert image.size == ((20, 40) if orientation >= 5 else (40, 20)) and image.mode == "RGB"
 
 
+@pytest.mark.survives("files", "alpha, transparent palettes", "laid on white")
 def test_hidden_colours_are_laid_on_white(tmp_path):
     rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     rgba.putpixel((1, 0), (255, 0, 0, 255))
@@ -653,6 +659,7 @@ def grey(array, mode=None):
     return np.asarray(to_rgb(image))[..., 0].ravel().tolist()
 
 
+@pytest.mark.survives("files", "16-bit, integer and float pixels", "scaled, not clipped")
 def test_deep_pixels_are_scaled_and_not_clipped(tmp_path):
     assert grey(np.array([[0, 257, 32896, 65535]], np.uint16), "I;16") == [0, 1, 128, 255]
     assert grey(np.array([[0, 256, 65535]], np.int32), "I") == [0, 1, 255]
@@ -669,6 +676,7 @@ def test_deep_pixels_are_scaled_and_not_clipped(tmp_path):
         assert len(np.unique(load_image(saved(tmp_path, ramp, name)))) > 250
 
 
+@pytest.mark.survives("files", "CMYK, palette, 1-bit and other modes", "RGB, in the right colours")
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGB"])
 def test_every_mode_becomes_rgb(tmp_path, mode, photo):
     suffix = {"CMYK": "jpg", "YCbCr": "jpg", "HSV": None}.get(mode, "png")
@@ -714,6 +722,8 @@ def test_broken_files_name_the_file_and_the_reason(tmp_path):
     assert load_image(str(PHOTO)).size == (512, 600)
 
 
+@pytest.mark.survives("files", "images that are damaged, truncated, empty, or none",
+                      "one line with the file and the reason")
 def test_flipped_bytes_never_raise_anything_but_an_image_error(tmp_path):
     small = load_image(PHOTO).resize((24, 28))
     rng = np.random.default_rng(0)
@@ -760,6 +770,8 @@ NUMBERS = {"A": "1", "B": "2", "C": "one"}
 LONG = "a " * 600
 
 
+@pytest.mark.survives("answers", "other spellings: case, full stop, quotes, `eight` for 8, `(B)`, `B. blue`, full-width letters",
+                      "score 1")
 @pytest.mark.parametrize(
     "prediction, answer, options",
     [
@@ -814,6 +826,8 @@ def test_honest_answers_score(prediction, answer, options):
     assert grade(prediction, answer, options) == 1.0
 
 
+@pytest.mark.survives("answers", "all options, negated or embedded gold, judge prompts, look-alike or zero-width characters, 10 kB",
+                      "score 0")
 @pytest.mark.parametrize(
     "prediction, answer, options",
     [

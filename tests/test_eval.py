@@ -25,7 +25,7 @@ from rollout import Episode, messages, replay
 
 ROOT = Path(eval_script.__file__).parent
 KEYS = {"label", "init", "probes", "samples", "seed", "control", "seconds", "curve", "correct_by_turns", "stops",
-        "mean_turns", "repeated_crops", "by_source", "by_k"}
+        "errors", "mean_turns", "repeated_crops", "by_source", "by_k"}
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_all_files_are_written_and_parse(saved, tmp_path, capsys):
     assert Image.open(out / "curve.png").width > 300
     tags = Tags((out / "trajectories.html").read_text())
     assert tags.tags.count("section") == 3 and len(tags.images) >= 3
-    assert sorted(path.name for path in out.iterdir()) == ["curve.png", "episodes.jsonl", "results.json",
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "curve.png", "episodes.jsonl", "results.json",
                                                            "trajectories.html"]
     said = capsys.readouterr().out
     assert "turn limit" in said and "4 episodes" in said and str(out) in said

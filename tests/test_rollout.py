@@ -156,6 +156,8 @@ def test_each_image_is_encoded_once_and_what_must_be_read_is_read_once(ragged, s
 # ---------------------------------------------------------------------------------------------- independence
 
 
+@pytest.mark.survives("faults", "more or fewer rollouts at once, in other slots",
+                      "the same seed gives the same episodes")
 def test_the_result_does_not_depend_on_slots(talkative):
     whole = free_episodes(talkative)
     assert len({e.turns for e in whole}) > 1 and max(len(e.crops) for e in whole) > 2
@@ -164,6 +166,13 @@ def test_the_result_does_not_depend_on_slots(talkative):
             assert one.probe.question == two.probe.question
             assert one.token_ids.tolist() == two.token_ids.tolist() and one.stop == two.stop and one.crops == two.crops
             np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
+
+
+def test_an_episode_does_not_depend_on_those_beside_it(talkative):
+    alone = free_episodes(talkative)[:2]
+    probes = [*noise_probes(*SIZES)[:1], *noise_probes((300, 40), (64, 64), (32, 200))]       # the first, among others
+    among = rollout(talkative, probes, group_size=2, max_turns=6, max_turn_tokens=16, make_env=Obliging, seed=3, slots=5)[:2]
+    assert [e.token_ids.tolist() for e in alone] == [e.token_ids.tolist() for e in among]
 
 
 def test_the_seed_is_the_result(talkative):
@@ -336,6 +345,7 @@ def test_a_message_cut_by_the_token_limit_is_void(ragged, say):
     assert disagreement(ragged, [episode]) <= 1e-4
 
 
+@pytest.mark.survives("model output", "a message cut by the token limit", "void, also with a good action in it")
 def test_a_good_action_in_a_cut_message_does_not_count(ragged, say):
     text = answer("4")
     n = len(ragged.encode(text))
@@ -367,6 +377,7 @@ def test_a_forced_answer_is_begun_for_the_policy(ragged, say, max_turns):
 # ---------------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.survives("model output", "a policy that would sample control tokens", "they have no probability")
 def test_control_tokens_are_never_sampled_even_by_a_policy_that_wants_them(qwen25_dir, ragged, monkeypatch):
     policy = with_protocol(load_policy(qwen25_dir, device="cpu"), ragged.protocol)
     wanted = [i for i in policy.tokenizer.all_special_ids if i != policy.im_end] + [len(policy.tokenizer) + 3]

@@ -50,6 +50,7 @@ import data
 import eval as eval_script
 import train_rl
 import train_sft
+from env import ERROR_CODES
 from model import load_policy, token_logprobs
 from rollout import replay
 from train_rl import Config, completed_advantages, gather_groups, group_advantages, grpo_loss
@@ -59,7 +60,7 @@ TIMES = {"time/rollout", "time/step", "time/eta", "tokens_per_second", "memory_g
 KEYS = TIMES | {
     "step", "reward", "stop/answer", "stop/over_turn", "stop/over_images", "stop/over_context", "stop/void", "wrong",
     "accuracy", "turns", "crops", "errors", "groups/rolled", "groups/trained", "groups/zero_spread", "clip_fraction",
-    "entropy", "grad_norm", "trained_tokens"}
+    "entropy", "grad_norm", "skipped", "trained_tokens", *(f"error/{code}" for code in ERROR_CODES if code != "no_action")}
 
 
 @pytest.fixture(autouse=True)
@@ -507,7 +508,7 @@ def test_metrics_by_hand(start, tmp_path, monkeypatch):
     assert (row["step"], row["reward"], row["wrong"], row["accuracy"]) == (1, 1 / 8, 5 / 8, 1 / 6)
     assert [row[f"stop/{name}"] for name in ("answer", "void", "over_turn", "over_images", "over_context")] == [
         6 / 8, 1 / 8, 1 / 8, 0, 0]
-    assert row["turns"] == (1 + 2 + 1 + 3 + 4) / 8 and row["crops"] == (1 + 2) / 8 and row["errors"] == 0
+    assert row["turns"] == (1 + 2 + 1 + 3 + 4) / 8 and row["crops"] == (1 + 2) / 8 and row["errors"] == row["skipped"] == 0
     assert (row["groups/rolled"], row["groups/trained"], row["groups/zero_spread"]) == (2, 1, 1 / 2)
     episodes = played[0]
     sampled = [int(e.assistant_mask.sum()) for e in episodes]
@@ -545,6 +546,7 @@ def test_a_run_is_described_and_saved_in_the_hugging_face_layout(start, tmp_path
     assert all(torch.equal(value, saved[name]) for name, value in weights(tmp_path).items())
 
 
+@pytest.mark.survives("faults", "2 steps, a stop, `--resume`, 2 steps", "as 4 in one go, bit for bit")
 def test_two_steps_and_two_resumed_steps_equal_four_bit_for_bit(start, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rl, "rollout", inventor())
     settings = dict(questions=2, updates=2)
