@@ -24,9 +24,12 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -38,6 +41,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 import data
@@ -174,6 +178,7 @@ class Policy:
         banned += range(len(self.tokenizer), vocabulary)
         self.banned = torch.zeros(vocabulary, device=self.device)                 # (V,) added to every logit
         self.banned[torch.tensor(banned, device=self.device)] = -math.inf
+        self.encode("\n")                        # the first call changes a setting of the tokenizer: not while threads run
 
     @property
     def device(self) -> torch.device:
@@ -216,12 +221,13 @@ class Policy:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids; "<|im_end|>" in the text becomes ordinary characters, never the control token."""
-        if text not in self.encoded:                        # the same few strings come again at every turn
+        ids = self.encoded.get(text)                        # the same few strings come again at every turn
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
             if len(self.encoded) > 10_000:
                 self.encoded.clear()
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
             self.encoded[text] = tuple(ids)
-        return list(self.encoded[text])
+        return list(ids)
 
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -236,6 +242,29 @@ class Policy:
         batch = self.image_processor(images=views, return_tensors="pt")
         return {"pixel_values": batch["pixel_values"].to(self.device, self.base.dtype),
                 "image_grid_thw": batch["image_grid_thw"].to(self.device)}
+
+    def image_features(self, views: list[Image.Image]) -> list[tuple[tuple[int, int, int], Tensor]]:
+        """Views -> per view its grid of patches (t, h, w) and its visual tokens (tokens, (1 + L) D).
+
+        These are what the vision tower gives the language model: D values for its input, and D more for each of L
+        layers where the family adds some there (deepstack of Qwen3-VL; L = 0 for Qwen2.5-VL).
+        """
+        if not views:
+            return []
+        pixels = self.pixels(views)
+        output = self.base.model.get_image_features(**pixels, return_dict=True)
+        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+        grids = (tuple(grid) for grid in pixels["image_grid_thw"].tolist())
+        return [(grid, torch.cat(parts, -1)) for grid, parts in zip(grids, zip(*layers, strict=True), strict=True)]
+
+    def seen(self, features: list[tuple[tuple[int, int, int], Tensor]]) -> dict:
+        """`image_features` of all images in a batch, in the order of their tokens, as arguments of the model."""
+        if not features:
+            return {}
+        joint = torch.cat([tokens.to(self.device) for _, tokens in features])
+        first, *more = joint.split(self.base.config.text_config.hidden_size, -1)
+        return {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=[first],
+                                                                deepstack_features=[[part] for part in more])}}
 
     # -- saving
 
@@ -408,8 +437,11 @@ def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> 
     ids = torch.zeros(len(episodes), length, dtype=torch.long)                       # (B, T)
     sampled = torch.zeros(len(episodes), length, dtype=torch.bool)                   # (B, T)
     positions = torch.zeros(3, len(episodes), length, dtype=torch.long)              # (3, B, T)
-    pixels = policy.pixels([view for episode in episodes for view in episode.views()])
-    grids = iter(pixels.get("image_grid_thw", torch.empty(0, 3)).tolist())
+    if any(episode.features is None for episode in episodes):
+        features = policy.image_features([view for episode in episodes for view in episode.views()])
+    else:
+        features = [image for episode in episodes for image in episode.features]
+    grids = iter([grid for grid, _ in features])
     for row, episode in enumerate(episodes):
         n = len(episode.token_ids)
         ids[row, :n] = torch.as_tensor(episode.token_ids)
@@ -417,21 +449,65 @@ def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> 
         own = mrope_positions(np.asarray(episode.token_ids), grids, policy.image_pad, policy.merge)[0]
         positions[:, row, :n] = torch.from_numpy(own)
     ids, sampled, positions = (t.to(policy.device) for t in (ids, sampled, positions))
-    hidden = policy.base.model(input_ids=ids, position_ids=positions, use_cache=False, **pixels).last_hidden_state
+    hidden = policy.base.model(input_ids=ids, position_ids=positions, use_cache=False,
+                               **policy.seen(features)).last_hidden_state            # (B, T, D)
     before = F.pad(sampled[:, 1:], (0, 1))                                           # (B, T) where it is predicted
-    logprobs = sampled_logprobs(policy, hidden[before], temperature)                 # (N, V)
-    chosen = logprobs.gather(1, ids[sampled][:, None])[:, 0]                         # (N,)
+
+    def of_chunk(hidden: Tensor, token: Tensor) -> Tensor:
+        return sampled_logprobs(policy, hidden, temperature).gather(1, token[:, None])[:, 0]
+
+    # Log-probs of all V tokens exist for LOGIT_ROWS positions at a time only; the backward pass makes them again.
+    chosen = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(
+        hidden[before].split(LOGIT_ROWS), ids[sampled].split(LOGIT_ROWS))])          # (N,)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(sampled, chosen)
 
 
-def micro_batches(episodes: list, budget: int) -> list[list]:
-    """Splits episodes, sorted by length, so that rows x longest row stays within `budget` tokens; one always fits."""
+LOGIT_ROWS = 512          # positions; at a vocabulary of 152k, 0.3 GB
+
+
+def micro_batches(episodes: list, budget: int, waste: float = 0.1) -> list[list]:
+    """Splits episodes, sorted by length, so that rows x longest row stays within `budget` tokens (one always fits), and
+    at most the share `waste` of that is padding.
+    """
     batches: list[list] = []
+    tokens = 0
     for episode in sorted(episodes, key=lambda e: len(e.token_ids)):
-        if not batches or (len(batches[-1]) + 1) * len(episode.token_ids) > budget:
+        tokens += len(episode.token_ids)
+        padded = (len(batches[-1]) + 1) * len(episode.token_ids) if batches else 0
+        if not batches or padded > budget or tokens < (1 - waste) * padded:
             batches.append([])
+            tokens = len(episode.token_ids)
         batches[-1].append(episode)
     return batches
+
+
+def side_by_side(function: Callable, items: list, device: torch.device) -> Iterator:
+    """function(item) for each item, in order. On the CPU as many at once as torch has threads, each on one thread:
+    tiny operations lose more when they are split than they gain. What is computed does not depend on their number.
+    """
+    threads = min(len(items), torch.get_num_threads()) if device.type == "cpu" else 1
+    if threads <= 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, items)
+
+
+def add_gradients(loss_of: Callable, batches: list[list], weights: list[nn.Parameter],
+                  device: torch.device) -> Iterator:
+    """Adds the gradients of `loss_of(batch)` to `weights`, for all batches, in order whichever is ready first.
+
+    `loss_of` returns (a scalar to minimise, anything else); yields (its value, that) per batch.
+    """
+    def one(batch: list):
+        loss, more = loss_of(batch)
+        return torch.autograd.grad(loss, weights, allow_unused=True), loss.item(), more
+
+    for gradients, value, more in side_by_side(one, batches, device):
+        for weight, gradient in zip(weights, gradients):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        yield value, more
 
 
 # ------------------------------------------------------------------------------------------------ the command

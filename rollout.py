@@ -15,8 +15,10 @@ CropEnv, which answers with an observation or ends the episode. Every image is e
 
 Read next: train_sft.py.
 """
+import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import data
 from env import MAX_IMAGE_PIXELS, Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
-from model import Policy, load_policy, memory_advice, mrope_positions, sampled_logprobs
+from model import Policy, load_policy, memory_advice, mrope_positions, sampled_logprobs, side_by_side
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Episode:
     reward: float
     errors: list[str] = field(default_factory=list)
     view_pixels: tuple[int, int] = (40_000, 2_000_000)     # min_pixels, max_pixels of the views
+    features: list | None = None       # per view what a frozen tower made of it (Policy.image_features), on the CPU
 
     @property
     def over_turn(self) -> bool:
@@ -81,6 +84,7 @@ class Transcript:
         self.logprobs: list[float] = []
         self.turn_start = 0                        # index of the first token of the current assistant turn
         self.stop: str | None = None
+        self.features: list = []                   # of the views that were read so far
         self.new_views = self.inject(self.env.reset())
 
     def inject(self, messages: list[dict]) -> list[Image.Image]:
@@ -127,7 +131,7 @@ class Transcript:
             self.probe, np.array(self.ids, np.int64), np.array(self.mask, bool), np.array(self.logprobs, np.float32),
             self.env.crops[:images - 1], self.env.turn, self.stop, answer,
             grade(answer, self.probe.answer, self.probe.options), self.env.errors,
-            (self.policy.protocol.min_pixels, self.policy.protocol.max_pixels))
+            (self.policy.protocol.min_pixels, self.policy.protocol.max_pixels), self.features[:images] or None)
 
 
 def replay(policy: Policy, probe: data.Probe, texts: list[str], make_env: type[CropEnv] = CropEnv) -> Episode:
@@ -199,6 +203,15 @@ class SlotCache(Cache):
                     layer.keys, layer.values = F.pad(layer.keys, room), F.pad(layer.values, room)
         return torch.arange(self.visible, device=rows.device) <= self.columns[:, None, :, None]
 
+    def read(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the first `length` keys and values of a slot, (H, length, D) each, per layer."""
+        return [(layer.keys[slot, :, :length].clone(), layer.values[slot, :, :length].clone()) for layer in self.layers]
+
+    def write(self, slots: Tensor, prompt: list[tuple[Tensor, Tensor]]) -> None:
+        """Puts what `read` gave at the beginning of other slots."""
+        for layer, (keys, values) in zip(self.layers, prompt):
+            layer.keys[slots, :, :keys.shape[1]], layer.values[slots, :, :keys.shape[1]] = keys, values
+
     def keep(self, rows: Tensor) -> None:
         """Drops all other slots; the kept ones are renumbered in order."""
         self.slots = len(rows)
@@ -208,71 +221,128 @@ class SlotCache(Cache):
 
 # ------------------------------------------------------------------------------------------------ the rollout
 
+class Group:
+    """The rollouts of one question. The first in a slot reads the prompt, the others copy its keys and values."""
+
+    def __init__(self, probe: data.Probe, indices: range):
+        self.probe, self.waiting = probe, deque(indices)
+        self.reader: Row | None = None
+        self.prompt: tuple | None = None           # (keys and values, position, features) until all have copied them
+        self.copies = len(indices) - 1             # rows that are still to copy them
+
+
 class Row:
     """A slot's occupant: a transcript, how much of it the cache holds, and its own random numbers."""
 
-    def __init__(self, index: int, transcript: Transcript, seed: int):
-        self.index, self.transcript = index, transcript
+    def __init__(self, index: int, transcript: Transcript, seed: int, group: Group):
+        self.index, self.transcript, self.group = index, transcript, group
         self.cached, self.position = 0, 0              # tokens in the cache; the next rotary position
         self.random = random.Random(f"rollout/{seed}/{index}")
+        group.reader = group.reader or self
 
     @property
     def unread(self) -> int:
         """Tokens that the model has not seen yet: 1 in the middle of a turn, more when there is something to read."""
         return len(self.transcript.ids) - self.cached
 
+    @property
+    def waits(self) -> bool:
+        """The prompt is being read by another row."""
+        return not self.cached and self.group.reader is not self
 
-@torch.no_grad()
+
 def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, max_turns: int = 6,
             max_images: int | None = None, max_context: int = 32_768, max_turn_tokens: int = 1024,
             temperature: float = 1.0, seed: int = 0, slots: int = 128, make_env: type[CropEnv] = CropEnv,
-            force_answer: str = "", progress: str | None = None) -> list[Episode]:
+            force_answer: str = "", keep_features: bool = False, progress: str | None = None) -> list[Episode]:
     """Plays `group_size` episodes per probe; those of one probe are adjacent in the result.
 
     max_turns: assistant messages per episode. max_images: images in the bank, the original included; None = no limit.
     max_context: tokens of a conversation before its last turn. max_turn_tokens: a longer turn is cut, and void.
     temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
     depend on `slots`. make_env: the world, for controls. force_answer: how the last allowed turn begins,
-    written for the policy and not counted as sampled. progress: a label for a progress bar. Raises ValueError for a
-    prompt beyond max_context.
+    written for the policy and not counted as sampled. keep_features: leave the visual tokens in the episodes, for a
+    training that does not change the tower. progress: a label for a progress bar. Raises ValueError for a prompt
+    beyond max_context.
     """
-    queue = deque((i, probe) for i, probe in enumerate(p for p in probes for _ in range(group_size)))
-    slots = min(slots, len(queue))
+    groups = [Group(probe, range(i * group_size, (i + 1) * group_size)) for i, probe in enumerate(probes)]
+    bar = tqdm(total=len(probes) * group_size, desc=progress, disable=progress is None, leave=False)
+
+    def start(index: int, group: Group) -> Row:
+        transcript = Transcript(policy, group.probe, max_turns, max_images, make_env, force_answer)
+        if len(transcript.ids) > max_context:
+            raise ValueError(f"a prompt of {len(transcript.ids)} tokens exceeds max_context={max_context}")
+        return Row(index, transcript, seed, group)
+
+    def play(share: list[Group]) -> list[tuple[int, Episode]]:
+        return _play(policy, deque(share), max(1, slots // len(shares)), start, max_context, max_turn_tokens,
+                     temperature, keep_features, bar)
+
+    # On the CPU each thread has slots of its own; which groups it plays is fixed, so that a run can be repeated.
+    threads = torch.get_num_threads() if policy.device.type == "cpu" else 1
+    shares = [share for share in (groups[i::threads] for i in range(threads)) if share]
+    episodes = dict(pair for part in side_by_side(play, shares, policy.device) for pair in part)
+    bar.close()
+    return [episodes[i] for i in range(len(episodes))]
+
+
+@torch.no_grad()
+def _play(policy: Policy, queue: deque[Group], slots: int, start: Callable, max_context: int, max_turn_tokens: int,
+          temperature: float, keep_features: bool, bar: tqdm) -> list[tuple[int, Episode]]:
+    """(index, episode) of all rollouts of the groups in `queue`, in the order in which they end."""
+    slots = min(slots, sum(len(group.waiting) for group in queue))
     rows: list[Row | None] = [None] * slots
     cache = SlotCache(policy.base.config.text_config.num_hidden_layers, slots)
-    episodes: list[Episode | None] = [None] * len(queue)
-    bar = tqdm(total=len(queue), desc=progress, disable=progress is None, leave=False)
+    episodes = []
     while True:
         for slot, row in enumerate(rows):
             if row is None and queue:
-                index, probe = queue.popleft()
-                rows[slot] = Row(index, Transcript(policy, probe, max_turns, max_images, make_env, force_answer), seed)
-                if rows[slot].unread > max_context:
-                    raise ValueError(f"a prompt of {rows[slot].unread} tokens exceeds max_context={max_context}")
+                rows[slot] = start(queue[0].waiting.popleft(), queue[0])
+                if not queue[0].waiting:
+                    queue.popleft()
         live = [slot for slot, row in enumerate(rows) if row]
         if not live:
-            bar.close()
             return episodes
         if len(live) <= len(rows) // 2:                        # the last searches: carry no empty slots along
             cache.keep(torch.tensor(live, device=policy.device))
             rows, live = [rows[slot] for slot in live], list(range(len(live)))
-        reading = [slot for slot in live if rows[slot].unread > 1]
+        _share_prompts(policy, cache, rows)
+        reading = [slot for slot in live if rows[slot].unread > 1 and not rows[slot].waits]
         turn = [slot for slot in live if rows[slot].unread == 1]
         if reading and len(reading) >= len(turn) / 2:          # let readers gather: a forward costs much, a row little
             turn = reading
-        logprobs = _forward(policy, cache, rows, turn, temperature)                        # (B, V)
+        logprobs = _forward(policy, cache, rows, turn, temperature, keep_features)         # (B, V)
         for slot, token, logprob in zip(turn, *_sample(logprobs, [rows[s].random.random() for s in turn], temperature)):
             transcript = rows[slot].transcript
             transcript.sample(token, logprob)
             complete = token == policy.im_end
             if complete or len(transcript.ids) - transcript.turn_start >= max_turn_tokens:
                 if not transcript.end_turn(complete, max_context):
-                    episodes[rows[slot].index] = transcript.episode()
+                    episodes.append((rows[slot].index, transcript.episode()))
                     rows[slot] = None
                     bar.update()
 
 
-def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: list[int], temperature: float) -> Tensor:
+def _share_prompts(policy: Policy, cache: SlotCache, rows: list[Row | None]) -> None:
+    """Rows whose prompt another row of their group has read get its keys and values, all but the last token's."""
+    waiting: dict[int, tuple[Group, list[int]]] = {}
+    for slot, row in enumerate(rows):
+        if row and row.waits and row.group.prompt:
+            waiting.setdefault(id(row.group), (row.group, []))[1].append(slot)
+    for group, slots in waiting.values():
+        keys_values, position, features = group.prompt
+        cache.write(torch.tensor(slots, device=policy.device), keys_values)
+        for slot in slots:
+            row = rows[slot]
+            row.cached, row.position = keys_values[0][0].shape[1], position
+            row.transcript.features += features
+        group.copies -= len(slots)
+        if not group.copies:
+            group.prompt = None
+
+
+def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: list[int], temperature: float,
+             keep_features: bool) -> Tensor:
     """Reads the unread tokens of the slots in `turn`; log-probs (B, V) of what comes next in each of them."""
     length = max(rows[slot].unread for slot in turn)
     whole = length == 1 and len(turn) > len(rows) // 2          # one token each: idle slots go along, nothing is copied
@@ -280,24 +350,27 @@ def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: lis
     ids = np.zeros((len(batch), length), np.int64)
     positions = np.zeros((3, len(batch), length), np.int64)
     starts = [rows[slot].cached if rows[slot] else 0 for slot in batch]
-    views = []
-    for slot in turn:
-        if rows[slot].unread > 1:
-            views += rows[slot].transcript.new_views
-    pixels = policy.pixels(views)
-    grids = iter(pixels["image_grid_thw"].tolist() if pixels else [])
-    for slot in turn:
+    views = [rows[slot].transcript.new_views if rows[slot].unread > 1 else [] for slot in turn]
+    features = policy.image_features(sum(views, []))
+    grids, kept = iter([grid for grid, _ in features]), iter(features)
+    for slot, shown in zip(turn, views):
         row, i = rows[slot], slot if whole else turn.index(slot)
         new = np.array(row.transcript.ids[row.cached:])
         ids[i, :len(new)] = new
         positions[:, i, :len(new)], row.position = mrope_positions(new, grids, policy.image_pad, policy.merge,
                                                                    row.position)
         row.cached += len(new)
+        if keep_features:
+            row.transcript.features += [(grid, tokens.cpu()) for grid, tokens in itertools.islice(kept, len(shown))]
     to = policy.device
     mask = cache.address(torch.tensor(batch, device=to), torch.tensor(starts, device=to), length)
     hidden = policy.base.model(
         input_ids=torch.from_numpy(ids).to(to), position_ids=torch.from_numpy(positions).to(to),
-        attention_mask=mask, past_key_values=cache, use_cache=True, **pixels).last_hidden_state
+        attention_mask=mask, past_key_values=cache, use_cache=True, **policy.seen(features)).last_hidden_state
+    for i, slot in enumerate(turn):
+        row = rows[slot]
+        if row.group.copies and not starts[slot if whole else i]:                # it was the prompt
+            row.group.prompt = (cache.read(slot, row.cached - 1), row.position - 1, list(row.transcript.features))
     last = [rows[slot].cached - starts[slot if whole else i] - 1 for i, slot in enumerate(turn)]
     picked = torch.tensor([slot if whole else i for i, slot in enumerate(turn)], device=to)
     return sampled_logprobs(policy, hidden[picked, torch.tensor(last, device=to)], temperature or 1.0)

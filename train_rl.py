@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 from env import ERROR_CODES, STOPS
-from model import load_policy, memory_advice, micro_batches, token_logprobs
+from model import add_gradients, load_policy, memory_advice, micro_batches, token_logprobs
 from rollout import Episode, describe, rollout
 from train_sft import go_on, load_run, log, open_run, peak_gb, report_skipped, save_run, stop_on_signal, update
 
@@ -125,7 +125,8 @@ def gather_groups(cfg: Config, policy, step: int) -> tuple[list[list[Episode]], 
         asked = [next(probes) for _ in range(cfg.questions - len(kept))]
         episodes = rollout(policy, asked, group_size=cfg.group_size, max_turns=cfg.max_turns, max_images=cfg.max_images,
                            max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
-                           temperature=cfg.temperature, seed=rng.getrandbits(48), slots=cfg.slots)
+                           temperature=cfg.temperature, seed=rng.getrandbits(48), slots=cfg.slots,
+                           keep_features=not cfg.train_vision)
         groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
         rolled += groups
         kept += [group for group in groups if len({episode.reward for episode in group}) > 1]
@@ -177,7 +178,8 @@ def main(cfg: Config) -> None:
             rows = {id(e): (q, g) for q in chosen for g, e in enumerate(groups[q])}
             denominator = max(1, int(counted[first:first + share].sum()))            # of the whole optimizer step
             used = [e for q in chosen for g, e in enumerate(groups[q]) if not masked[q, g] and advantages[q, g] != 0]
-            for batch in micro_batches(used, cfg.micro_tokens):
+
+            def loss_of(batch: list[Episode]) -> tuple[Tensor, tuple[int, int]]:
                 at = tuple(torch.tensor([rows[id(e)] for e in batch]).T)
                 logp = token_logprobs(policy, batch, cfg.temperature)                # (B, T)
                 old_logp = padded(batch, "logprobs", policy.device)                  # (B, T)
@@ -185,10 +187,12 @@ def main(cfg: Config) -> None:
                 loss = grpo_loss(logp, old_logp, advantages[at].to(policy.device), sampled,
                                  masked[at].to(policy.device), clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                                  denominator=denominator)
-                loss.backward()
                 ratio = torch.exp(logp.detach() - old_logp)[sampled]
-                clipped_tokens += int(((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum())
-                trained_tokens += int(sampled.sum())
+                clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
+                return loss, (int(clipped.sum()), int(sampled.sum()))
+
+            for _, counts in add_gradients(loss_of, micro_batches(used, cfg.micro_tokens), weights, policy.device):
+                clipped_tokens, trained_tokens = clipped_tokens + counts[0], trained_tokens + counts[1]
             norm, bad = update(optimizer, cfg.grad_clip)
             norms += [] if bad else [norm]
             skipped += bad

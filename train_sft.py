@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import data
 from data import write_atomic
-from model import FILE_ERRORS, Policy, load_policy, memory_advice, micro_batches, reason, token_logprobs
+from model import (FILE_ERRORS, Policy, add_gradients, load_policy, memory_advice, micro_batches, reason,
+                   token_logprobs)
 from rollout import Episode, replay
 
 
@@ -264,10 +265,9 @@ def main(cfg: Config) -> None:
 
         denominator = sum(int(episode.assistant_mask.sum()) for episode in episodes)   # of the whole step, counted once
         loss = 0.0
-        for batch in micro_batches(episodes, cfg.micro_tokens):
-            part = -token_logprobs(policy, batch).sum() / denominator     # token_logprobs is 0 off the assistant mask
-            part.backward()
-            loss += part.item()
+        loss_of = lambda batch: (-token_logprobs(policy, batch).sum() / denominator, None)    # 0 off the assistant mask
+        for part, _ in add_gradients(loss_of, micro_batches(episodes, cfg.micro_tokens), weights, policy.device):
+            loss += part
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)

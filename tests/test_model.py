@@ -12,6 +12,8 @@ Lines worth flipping, each with the test that then fails:
 """
 import math
 import random
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -470,13 +472,56 @@ def test_micro_batches_hold_every_episode_once_and_keep_the_budget(lengths, budg
     batches = micro_batches(episodes, budget)
     assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, episodes))
     for batch in batches:
-        assert batch and (len(batch) == 1 or len(batch) * max(len(e.token_ids) for e in batch) <= budget)
+        read = len(batch) * max(len(e.token_ids) for e in batch)
+        assert batch and (len(batch) == 1 or read <= budget)
+        assert sum(len(e.token_ids) for e in batch) >= 0.9 * read                # at most a tenth is padding
 
 
 def test_micro_batches_are_no_smaller_than_they_must_be():
     episodes = [SimpleNamespace(token_ids=np.zeros(n)) for n in (30, 10, 10, 20, 10)]
     assert [[len(e.token_ids) for e in batch] for batch in micro_batches(episodes, 40)] == [[10, 10, 10], [20], [30]]
-    assert len(micro_batches(episodes, 10**9)) == 1
+    assert len(micro_batches(episodes, 10**9, waste=1.0)) == 1 and len(micro_batches(episodes, 10**9)) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_items_side_by_side_come_back_in_order_and_each_has_one_thread(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        def late(i):
+            time.sleep(0.03 * (3 - i))                                           # the first is ready last
+            return i, torch.get_num_threads(), threading.get_ident()
+        numbers, each, idents = zip(*model_module.side_by_side(late, range(4), torch.device("cpu")))
+    finally:
+        torch.set_num_threads(before)
+    assert numbers == (0, 1, 2, 3) and set(each) == {1} and len(set(idents)) == min(threads, 4)
+
+
+def test_a_mistake_in_one_item_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        list(model_module.side_by_side(lambda i: 1 / i, [1, 0, 2], torch.device("cpu")))
+
+
+def test_gradients_are_added_in_order_whatever_the_threads(ragged):
+    """Four batches, one and two at a time: the same sum to the bit, and the one that backward() finds."""
+    weights = [torch.nn.Parameter(torch.randn(300)), torch.nn.Parameter(torch.randn(300)), torch.nn.Parameter(torch.ones(1))]
+    batches = [[1.0], [1e4, 3.0], [1e-3], [7.0, 7.0]]
+    loss_of = lambda batch: (sum((weights[0] * weights[1]).sin().sum() * x for x in batch), len(batch))
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        for weight in weights:
+            weight.grad = None
+        rest = list(model_module.add_gradients(loss_of, batches, weights, torch.device("cpu")))
+        assert [more for _, more in rest] == [1, 2, 1, 2] and rest[0][0] == loss_of([1.0])[0].item()
+        found.append([weight.grad for weight in weights])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for grads in found[1:] for a, b in zip(grads[:2], found[0][:2]))
+    assert all(grads[2] is None for grads in found)                              # not in the loss: left alone
+    for weight in weights[:2]:
+        weight.grad = None
+    sum(loss_of(batch)[0] for batch in batches).backward()
+    torch.testing.assert_close(weights[0].grad, found[0][0])
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -16,6 +16,7 @@ Lines worth flipping, each with the test that then fails:
     episode      all of env.crops                        -> the same
     views        crop the view, not the bank             -> views_made_again_are_those_that_were_shown
 """
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -26,10 +27,10 @@ from PIL import Image, ImageChops
 
 import data
 import rollout as rollout_module
-from conftest import noise, noise_probes, with_protocol
+from conftest import RAGGED, noise, noise_probes, with_protocol
 from env import Answer, Crop, CropEnv, format_action
 from model import load_policy, mrope_positions, token_logprobs
-from rollout import (Config, Episode, SlotCache, boxes_in_original, describe, draw_search, main, messages, replay, rollout)
+from rollout import (Config, Episode, Group, SlotCache, boxes_in_original, describe, draw_search, main, messages, replay, rollout)
 
 Row = rollout_module.Row
 SIZES = ((288, 288), (200, 120), (90, 300), (64, 40))
@@ -65,8 +66,8 @@ def say(monkeypatch):
     """
     def play(policy, probes, scripts, **options):
         class Forced(Row):
-            def __init__(self, index, transcript, seed):
-                super().__init__(index, transcript, seed)
+            def __init__(self, index, *rest):
+                super().__init__(index, *rest)
                 said = [[*policy.encode(text), policy.im_end] if isinstance(text, str) else text for text in scripts[index]]
                 tokens = iter(sum(said, []))
                 self.random = SimpleNamespace(random=lambda: next(tokens))
@@ -149,8 +150,50 @@ def test_each_image_is_encoded_once_and_what_must_be_read_is_read_once(ragged, s
     monkeypatch.setattr(ragged, "pixels", lambda views: shown.extend(views) or pixels(views))
     monkeypatch.setattr(rollout_module, "mrope_positions", lambda ids, *rest: read.append(len(ids)) or positions(ids, *rest))
     episodes = say(ragged, noise_probes(*SIZES[:3]), SEARCHES, group_size=2, max_turns=6, slots=4)
-    assert len(shown) == sum(1 + len(e.crops) for e in episodes)
-    assert sum(read) == sum(len(e.token_ids) - 1 for e in episodes)             # the last end of turn is not read
+    assert len(shown) == 3 + sum(len(e.crops) for e in episodes)                # the picture once per group
+    prompts = [int(np.flatnonzero(e.assistant_mask)[0]) for e in episodes[1::2]]  # copied, but for the last token
+    assert sum(read) == sum(len(e.token_ids) - 1 for e in episodes) - sum(n - 1 for n in prompts)  # nor the last of all
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_the_keys_of_a_prompt_are_kept_until_its_group_has_copied_them(ragged, say, monkeypatch, slots):
+    groups, copied = [], []
+    monkeypatch.setattr(rollout_module, "Group", lambda *given: groups.append(Group(*given)) or groups[-1])
+    write = SlotCache.write
+    monkeypatch.setattr(SlotCache, "write", lambda self, slots, prompt: copied.append(len(slots)) or write(self, slots, prompt))
+    say(ragged, noise_probes(*SIZES[:2]), SEARCHES, group_size=3, max_turns=6, slots=slots)
+    assert sum(copied) == 4 and [group.copies for group in groups] == [0, 0] and not any(group.prompt for group in groups)
+
+
+@pytest.mark.parametrize("family", ["tiny", "qwen25_dir", "qwen3_dir"])
+def test_features_kept_from_the_rollout_train_as_the_pictures_do(family, ragged, say, request):
+    policy = ragged if family == "tiny" else with_protocol(load_policy(request.getfixturevalue(family), device="cpu"), RAGGED)
+    policy.base.model.visual.requires_grad_(False)
+    try:
+        weights = [p for p in policy.model.parameters() if p.requires_grad]
+        episodes = say(policy, noise_probes(*SIZES[:2]), SEARCHES, group_size=3, max_turns=6, keep_features=True)
+        assert [len(e.features) for e in episodes] == [1 + len(e.crops) for e in episodes]
+        plain = [dataclasses.replace(e, features=None) for e in episodes]
+        kept, made = (token_logprobs(policy, batch) for batch in (episodes, plain))
+        torch.testing.assert_close(kept, made, atol=1e-5, rtol=0)
+        for one, two in zip(*(torch.autograd.grad(out.sum(), weights, allow_unused=True) for out in (kept, made))):
+            torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
+        assert all(e.features is None for e in say(policy, noise_probes(*SIZES[:2]), SEARCHES, group_size=3, max_turns=6))
+    finally:
+        policy.base.model.visual.requires_grad_(True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_result_does_not_depend_on_threads(talkative, threads):
+    before = torch.get_num_threads()
+    whole = free_episodes(talkative)
+    torch.set_num_threads(threads)
+    try:
+        again = free_episodes(talkative)
+        assert all((one.logprobs == two.logprobs).all() for one, two in zip(again, free_episodes(talkative)))   # to the bit
+    finally:
+        torch.set_num_threads(before)
+    assert [e.token_ids.tolist() for e in whole] == [e.token_ids.tolist() for e in again]
 
 
 # ---------------------------------------------------------------------------------------------- independence
