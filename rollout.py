@@ -3,11 +3,13 @@
     slot 0   [prompt, image][turn 1][observation 1][turn 2 ..>            each row writes at its own length,
     slot 1   [prompt, image][turn 1][observation 1][turn 2][observation 2][turn 3 ..>
     slot 2   [prompt, image][turn ..>                                     what lies beyond it is never attended to
+    slot 3   [   copied    ][turn 1 ..>                                   the same question as in slot 2
 
 A loop of three steps: (1) free slots take the next episodes, whose prompts wait to be read; (2) when enough rows
 wait, their new tokens (a prompt, or an observation with its image) are read in one padded forward, each row going on
 where it stopped; (3) all other rows sample one token each. A row that samples end-of-turn hands its text to its
-CropEnv, which answers with an observation or ends the episode. Every image is encoded once, every token read once.
+CropEnv, which answers with an observation or ends the episode. Every image is encoded once, every token read once,
+a prompt once for all rollouts of its group. On the CPU, two such loops run side by side on two cores.
 
     B rows of a batch, T tokens, V vocabulary, K cached keys
 
