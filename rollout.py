@@ -30,7 +30,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import data
 from env import MAX_IMAGE_PIXELS, Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
-from model import Policy, load_policy, memory_advice, mrope_positions, sampled_logprobs
+from model import (Policy, PolicyFlags, load_policy, memory_advice, mrope_positions, policy_flags,
+                   sampled_logprobs)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Transcript:
                  make_env: type[CropEnv] = CropEnv, force_answer: str = ""):
         p = policy.protocol
         self.policy, self.probe, self.force_answer = policy, probe, force_answer
-        self.env = make_env(probe.open(), probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
+        self.env = make_env(probe.open(), p.before_question + probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
                            p.system_prompt, p.observation_prompt, p.error_prompt)
         self.ids: list[int] = []
         self.mask: list[bool] = []
@@ -236,6 +237,7 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     written for the policy and not counted as sampled. progress: a label for a progress bar. Raises ValueError for a
     prompt beyond max_context.
     """
+    policy.model.train(False)               # a model in training keeps no cache when it checkpoints activations
     queue = deque((i, probe) for i, probe in enumerate(p for p in probes for _ in range(group_size)))
     slots = min(slots, len(queue))
     rows: list[Row | None] = [None] * slots
@@ -358,7 +360,7 @@ def draw_search(episode: Episode, side: int = 900) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     image: Path                        # a photograph, or any picture
     question: str                      # what to find out
     init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
@@ -374,7 +376,7 @@ class Config:
 @memory_advice("--max_turns", "--max_turn_tokens", "--init")
 def main(cfg: Config) -> None:
     probe = data.Probe(load_image(cfg.image, cfg.max_image_pixels), cfg.question, answer="")
-    policy = load_policy(str(cfg.init), device=cfg.device)
+    policy = load_policy(str(cfg.init), device=cfg.device, **policy_flags(cfg))
     episode, = rollout(policy, [probe], max_turns=cfg.max_turns, temperature=cfg.temperature, seed=cfg.seed,
                        max_turn_tokens=cfg.max_turn_tokens)
     for i, text in enumerate(messages(policy, episode), 1):
