@@ -411,7 +411,7 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
         processor = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=1,
                                                           min_pixels=16 * 16, max_pixels=1024 * 1024)
         model = tiny_model(tokenizer).to(device, dtype or torch.float32)
-        model.tie_weights()                                 # the meta device unties them
+        model.tie_weights()                                 # a move to the meta device unties them
     else:
         check_files(directory)
         if (directory / "adapter_config.json").exists():
@@ -481,7 +481,21 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
     protocol = replace(protocol, **{key: value for key, value in wanted.items() if value is not None})
     if not 1 <= protocol.min_pixels <= protocol.max_pixels:
         raise data.UserError(f"views of {protocol.min_pixels} to {protocol.max_pixels} pixels: --min_pixels is the larger")
-    return Policy(model, tokenizer, processor, protocol, name)
+    policy = Policy(model, tokenizer, processor, protocol, name)
+    if tokenizer.chat_template and not same_layout(policy):
+        warnings.warn(f"{name}: its chat template lays tokens out in another way than we do; it may do badly")
+    return policy
+
+
+def same_layout(policy: Policy) -> bool:
+    """Does the checkpoint's chat template give the tokens of `render`, around images and turns?"""
+    image, text = {"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "a b."}
+    talk = [{"role": role, "content": content} for role, content in (
+        ("system", [text]), ("user", [image, text]), ("assistant", [text]), ("user", [text, image, text]))]
+    theirs = policy.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    ours = [i for i in policy.render(talk)[0] if i != policy.image_pad]
+    tokens = policy.tokenizer(theirs, add_special_tokens=False)["input_ids"]
+    return ours == [i for i in tokens if i != policy.image_pad] and tokens.count(policy.image_pad) == 2
 
 
 @contextmanager
