@@ -445,7 +445,7 @@ def test_a_random_base_in_four_bits_is_what_meta_says_and_plays_saves_and_comes_
     assert policy.decode(policy.encode("é <|im_end|>")) == "é <|im_end|>" and max(policy.encode("é <|im_end|>")) < 256
 
     policy = with_protocol(policy, RAGGED)
-    episode = replay(policy, PROBES[1], SCRIPTS[0])
+    episode = replay(policy, PROBES[1], [SCRIPTS[0][0], "<answer>4</answer>"])
     token_logprobs(policy, [episode]).sum().backward()
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
