@@ -132,7 +132,7 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int =
     return model
 
 
-# ------------------------------------------------------------------------------------------------ true shapes, random weights
+# ------------------------------------------------------------------------------------------------ random bases
 
 # Numbers: config.json of Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen/Qwen3-VL-4B-Instruct (a test compares the
 # parameter counts with those published). Ids of the special tokens: tokenizer_config.json there, from 151643 on.
@@ -156,8 +156,8 @@ RANDOM_BASES = {
     "qwen3vl4b": lambda: transformers.Qwen3VLConfig(
         text_config=dict(vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
                          num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144,
-                         **_SHARED, rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
-                                                     "mrope_section": [24, 20, 20]}),
+                         **_SHARED, rope_parameters={"rope_type": "default", "rope_theta": 5e6,
+                                                     "mrope_interleaved": True, "mrope_section": [24, 20, 20]}),
         vision_config=dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16,
                            out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17]), tie_word_embeddings=True)}
 
@@ -480,7 +480,8 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
             raise data.UserError(f"--{flag}: {file} cannot be read as UTF-8 text ({reason(error)})") from None
     protocol = replace(protocol, **{key: value for key, value in wanted.items() if value is not None})
     if not 1 <= protocol.min_pixels <= protocol.max_pixels:
-        raise data.UserError(f"views of {protocol.min_pixels} to {protocol.max_pixels} pixels: --min_pixels is the larger")
+        raise data.UserError(f"views of {protocol.min_pixels} to {protocol.max_pixels} pixels: "
+                             "--min_pixels starts at 1 and is no larger than --max_pixels")
     policy = Policy(model, tokenizer, processor, protocol, name)
     if tokenizer.chat_template and not same_layout(policy):
         warnings.warn(f"{name}: its chat template lays tokens out in another way than we do; it may do badly")

@@ -75,8 +75,8 @@ class Transcript:
                  make_env: type[CropEnv] = CropEnv, force_answer: str = ""):
         p = policy.protocol
         self.policy, self.probe, self.force_answer = policy, probe, force_answer
-        self.env = make_env(probe.open(), p.before_question + probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
-                           p.system_prompt, p.observation_prompt, p.error_prompt)
+        self.env = make_env(probe.open(), p.before_question + probe.prompt(), max_turns, p.min_pixels, p.max_pixels,
+                           max_images, p.system_prompt, p.observation_prompt, p.error_prompt)
         self.ids: list[int] = []
         self.mask: list[bool] = []
         self.logprobs: list[float] = []

@@ -94,11 +94,11 @@ def instrument(cfg: Config, phases: Phases) -> None:
         phases.enter(after)
         return episodes
 
-    def scored(policy, episodes, *rest):
+    def scored(policy, episodes, *args, **kwargs):
         if phases.name == "SFT load":
             phases.enter("SFT")
         phases.count(episodes)
-        return logprobs(policy, episodes, *rest)
+        return logprobs(policy, episodes, *args, **kwargs)
 
     train_sft.load_policy = eval_script.load_policy = loaded
     train_rl.rollout = eval_script.rollout = played
