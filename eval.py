@@ -70,7 +70,6 @@ class Config(PolicyFlags):
     slots: int = 128                   # episodes at once
     shown: int = 12                    # episodes in trajectories.html
     seed: int = 1_000_000              # of the fresh probes and of sampling; training draws from others
-    device: str | None = None          # default: cuda if there is one
 
 
 class BlackCrops(CropEnv):
@@ -256,7 +255,7 @@ def main(cfg: Config) -> None:
         against.append(data.read_json(other / "results.json"))
         if not {"label", "curve"} <= against[-1].keys():
             raise data.UserError(f"--against: {other / 'results.json'} holds no label and curve")
-    policy = load_policy(str(cfg.init), device=cfg.device, **policy_flags(cfg))
+    policy = load_policy(str(cfg.init), **policy_flags(cfg))
     data.lock(cfg.out)
     began = time.time()
     episodes = rollout(

@@ -368,6 +368,7 @@ def check_files(directory: Path) -> None:
 @dataclass(frozen=True, kw_only=True)
 class PolicyFlags:
     """Flags of every script that loads a policy; the names are those of load_policy's arguments."""
+    device: str | None = None          # default: cuda if there is one
     quantize: Literal["nf4"] | None = None  # "nf4": the language model in 4 bits
     system_prompt: Path | None = None  # a file with another wording, for weights trained on it; default: the policy's
     observation_prompt: Path | None = None  # likewise, before each view; {label} {action} {image} are filled in
@@ -595,7 +596,6 @@ class Config(LoraFlags):
     meta: bool = False                 # count only: no weight is allocated or downloaded
     merge: Path | None = None          # a run with adapters: merges them into their base, and writes that into `out`
     out: Path | None = None            # new directory for `merge`
-    device: str | None = None          # default: cuda if there is one
 
 
 def nf4_bytes(count: int) -> int:
@@ -650,7 +650,7 @@ def main(cfg: Config) -> None:
     if cfg.merge:
         merge(cfg.merge, cfg.out)
         return print(f"{cfg.merge} merged into {cfg.out}")
-    policy = load_policy(cfg.base, device="meta" if cfg.meta else cfg.device, **policy_flags(cfg))
+    policy = load_policy(cfg.base, **policy_flags(cfg) | ({"device": "meta"} if cfg.meta else {}))
     print(f"{'':16s}{'parameters':>16s}{'trainable':>16s}{'bytes':>16s}")
     for name, row in footprint(policy.model).items():
         print(f"{name:16s}" + "".join(f"{value:16,d}" for value in row))

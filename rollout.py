@@ -370,13 +370,12 @@ class Config(PolicyFlags):
     max_turn_tokens: int = 1024        # a longer message is cut, and the search ends
     max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file is refused
     seed: int = 0
-    device: str | None = None          # default: cuda if there is one
 
 
 @memory_advice("--max_turns", "--max_turn_tokens", "--init")
 def main(cfg: Config) -> None:
     probe = data.Probe(load_image(cfg.image, cfg.max_image_pixels), cfg.question, answer="")
-    policy = load_policy(str(cfg.init), device=cfg.device, **policy_flags(cfg))
+    policy = load_policy(str(cfg.init), **policy_flags(cfg))
     episode, = rollout(policy, [probe], max_turns=cfg.max_turns, temperature=cfg.temperature, seed=cfg.seed,
                        max_turn_tokens=cfg.max_turn_tokens)
     for i, text in enumerate(messages(policy, episode), 1):

@@ -58,7 +58,6 @@ class Config(TrainFlags):
     slots: int = 192                   # rollouts at once
     show_every: int = 10               # steps between two printed rollouts
     save_every: int = 20               # steps
-    device: str | None = None          # default: cuda if there is one
     resume: bool = False               # go on from the last checkpoint in `out`
 
     def __post_init__(self):
@@ -144,7 +143,7 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     try:
-        policy, optimizer = load_trainable(str(cfg.init), cfg, (0.9, 0.999), 0.01)
+        policy, optimizer = load_trainable(str(cfg.init), cfg, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
     except data.UserError as error:
         if cfg.init.exists() or ":" in str(cfg.init):
             raise

@@ -73,7 +73,6 @@ class Config(TrainFlags):
     train_vision: bool = True          # the tiny policy has never seen a picture
     micro_tokens: int = 2048           # tokens per forward, padding included
     save_every: int = 100              # steps
-    device: str | None = None          # default: cuda if there is one
     resume: bool = False               # go on from the last checkpoint in `out`
 
 
@@ -261,9 +260,8 @@ def report_skipped(out: Path, episodes: list[Episode]) -> None:
 
 # ------------------------------------------------------------------------------------------------ training
 
-def load_trainable(name: str, cfg, betas: tuple[float, float], weight_decay: float
-                   ) -> tuple[Policy, torch.optim.Optimizer]:
-    """The policy `name` as the flags of a training script ask for it, and AdamW on those weights that are trained.
+def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.optim.Optimizer]:
+    """The policy `name` as the flags ask for it, and AdamW, with the settings `adam`, on those weights that are trained.
 
     Without adapters the weights are float32: in bfloat16, steps as small as these learning rates are rounded away.
     UserError for 4 bits without adapters, which cannot be trained.
@@ -271,7 +269,7 @@ def load_trainable(name: str, cfg, betas: tuple[float, float], weight_decay: flo
     adapters = cfg.lora_rank or (Path(name) / "adapter_config.json").exists()
     if cfg.quantize and not adapters:
         raise data.UserError("--quantize: weights in 4 bits cannot be trained; add adapters, say --lora_rank 16")
-    policy = load_policy(name, device=cfg.device, dtype=None if adapters else torch.float32, **policy_flags(cfg))
+    policy = load_policy(name, dtype=None if adapters else torch.float32, **policy_flags(cfg))
     if not cfg.train_vision:
         policy.base.model.visual.requires_grad_(False)
     if cfg.activation_checkpointing:
@@ -282,13 +280,13 @@ def load_trainable(name: str, cfg, betas: tuple[float, float], weight_decay: flo
     if cfg.adam_8bit:
         import bitsandbytes
     kind = bitsandbytes.optim.AdamW8bit if cfg.adam_8bit else torch.optim.AdamW
-    return policy, kind(weights, lr=cfg.lr, betas=betas, weight_decay=weight_decay)
+    return policy, kind(weights, **adam)
 
 
 @memory_advice("--micro_tokens", "--max_turns", "--base")
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
-    policy, optimizer = load_trainable(cfg.base, cfg, (0.9, 0.98), cfg.weight_decay)
+    policy, optimizer = load_trainable(cfg.base, cfg, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     open_run(cfg, cfg.resume, policy.name)
     policy.model.train()
     start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0

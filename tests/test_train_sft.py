@@ -358,7 +358,7 @@ def trainable(family, request, out, **flags):
     """(policy, optimizer, one search in two turns) for a small random checkpoint with these flags."""
     torch.manual_seed(0)
     cfg = small(out, base=request.getfixturevalue(family), min_pixels=32 * 32, max_pixels=96 * 96, **flags)
-    policy, optimizer = train_sft.load_trainable(cfg.base, cfg, (0.9, 0.98), 0.0)
+    policy, optimizer = train_sft.load_trainable(cfg.base, cfg, lr=1e-3)
     policy.model.train()
     script = [data.search_script(probe := data.make_probe("sign", "easy", 1), random.Random(0), pattern="depth_first")[0]]
     return policy, optimizer, replay(policy, probe, [*script, "<answer>4</answer>"])
