@@ -380,7 +380,7 @@ class PolicyFlags:
 class LoraFlags(PolicyFlags):
     lora_rank: int = 0                 # adapters of this rank on the language model, all else frozen; 0: every weight
     lora_alpha: int | None = None      # default: twice the rank
-    lora_dropout: float = 0.0
+    lora_dropout: float = 0.0          # for the cold start; in GRPO, log-probs would not be those of sampling
     lora_targets: str = LORA_TARGETS   # regular expression of module names
 
 

@@ -9,6 +9,7 @@ punishment would teach to guess before the limit. (4) is the idea of the paper; 
 
     $ python train_rl.py                                   # runs/sft -> runs/rl
     $ python train_rl.py --over_turn zero_reward --out runs/rl_zero      # the ablation: running out of turns is failure
+    $ python train_rl.py qwen7b --steps 100                # a preset for a real base; see PRESETS
 
 Read next: eval.py.
 """

@@ -9,6 +9,7 @@ is it the one?); then it learns whole searches. Real bases skip the warm-up. Bat
     $ python train_sft.py                      # tiny, from random weights -> runs/sft
     $ python train_sft.py --seed 1 --out runs/sft1
     $ python train_sft.py --resume             # goes on where runs/sft stopped
+    $ python train_sft.py qwen7b               # LoRA on Qwen2.5-VL-7B in 4 bits; see PRESETS
 
 Read next: train_rl.py.
 """
@@ -261,7 +262,7 @@ def report_skipped(out: Path, episodes: list[Episode]) -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.optim.Optimizer]:
-    """The policy `name` as the flags ask for it, and AdamW, with the settings `adam`, on those weights that are trained.
+    """The policy `name` as the flags ask for it, and AdamW with the settings `adam` on the weights that are trained.
 
     Without adapters the weights are float32: in bfloat16, steps as small as these learning rates are rounded away.
     UserError for 4 bits without adapters, which cannot be trained.
