@@ -62,13 +62,20 @@ class UserError(ValueError):
     """A mistake of the person at the keyboard: the message says what, where, and what to do."""
 
 
-def command(main: Callable, config: type) -> None:
+def command(main: Callable, config: type, presets: dict | None = None) -> None:
     """Runs a script: command line -> dataclass -> main(config). A user's mistake is one line and exit code 2.
 
-    So is a full disk; Ctrl-C where no step can be finished is one line and exit code 130.
+    presets: {name: config}; a name as the first word takes its values in place of the defaults. A full disk is one
+    line, too; Ctrl-C where no step can be finished is one line and exit code 130.
     """
+    first, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     try:
-        return main(tyro.cli(config))
+        if presets and first and not first.startswith("-"):
+            if first not in presets:
+                raise UserError(f"{first}: no such preset; there are {', '.join(presets)}")
+            return main(tyro.cli(config, args=rest, default=presets[first]))
+        note = presets and f"First word: {', '.join(presets)} (default: {next(iter(presets))}); --help after it."
+        return main(tyro.cli(config, description=note))
     except (UserError, ImageError) as error:
         said, code = f"error: {error}", 2
     except OSError as error:

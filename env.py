@@ -270,7 +270,8 @@ class CropEnv:
     max_turns       assistant messages allowed, >= 1: 6 leaves room for 5 crops and an answer
     min_pixels, max_pixels   width * height of each view shown to the model
     max_images      images allowed in the bank, the original included, >= 1; None = no limit
-    *_prompt        the wording; {label} and {error} are filled in
+    *_prompt        the wording; {label} and {error} are filled in; the view is at {image}, or at the end;
+                    {action} is the number of the message that it answers, from 0
 
     observations    the bank: native pixels, [0] = the original, [i] = observation_i
     crops           the successful crops in order, so observations[i] was made by crops[i - 1]
@@ -357,8 +358,10 @@ class CropEnv:
         label = str(len(self.observations))
         self.observations.append(self.observations[action.source].crop(pixels))
         self.crops.append(action)
-        message = {"type": "text", "text": self.observation_prompt.replace("{label}", label)}
-        return {"role": "user", "content": [message, self._view(self.observations[-1])]}, None
+        wording = self.observation_prompt.replace("{label}", label).replace("{action}", str(self.turn - 1))
+        before, _, after = ({"type": "text", "text": text} for text in wording.partition("{image}"))
+        content = [before, self._view(self.observations[-1]), after]
+        return {"role": "user", "content": [part for part in content if part.get("text") != ""]}, None
 
     def _locate(self, crop: Crop) -> tuple[int, int, int, int]:
         """The pixels of a crop in its source; ActionError when the bank or the size forbids it."""

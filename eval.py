@@ -39,7 +39,7 @@ from PIL import Image
 import data
 from data import COLORS, DIGITS, write_atomic
 from env import ERROR_CODES, MAX_IMAGE_PIXELS, STOPS, CropEnv, fit_pixels, grade
-from model import Policy, load_policy, memory_advice, token_logprobs
+from model import Policy, PolicyFlags, load_policy, memory_advice, policy_flags, token_logprobs
 from rollout import Episode, draw_search, messages, rollout
 
 matplotlib.use("Agg")
@@ -50,7 +50,7 @@ ANSWER_NOW = "<think>guess</think><answer>"      # how a control opens the last 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
     out: Path = Path("runs/eval")      # results.json, episodes.jsonl, curve.png, trajectories.html
     count: int = 400                   # fresh probes, or the first rows of `data`
@@ -70,7 +70,6 @@ class Config:
     slots: int = 128                   # episodes at once
     shown: int = 12                    # episodes in trajectories.html
     seed: int = 1_000_000              # of the fresh probes and of sampling; training draws from others
-    device: str | None = None          # default: cuda if there is one
 
 
 class BlackCrops(CropEnv):
@@ -256,7 +255,7 @@ def main(cfg: Config) -> None:
         against.append(data.read_json(other / "results.json"))
         if not {"label", "curve"} <= against[-1].keys():
             raise data.UserError(f"--against: {other / 'results.json'} holds no label and curve")
-    policy = load_policy(str(cfg.init), device=cfg.device)
+    policy = load_policy(str(cfg.init), **policy_flags(cfg))
     data.lock(cfg.out)
     began = time.time()
     episodes = rollout(

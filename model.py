@@ -1,9 +1,10 @@
 """The policy: a vision-language model, its tokens, its positions, and the log-probs that training differentiates.
 
 Two policies, one code path. "tiny" is the real Qwen2.5-VL classes of transformers at toy size (about 1 M
-parameters), from random weights, with a tokenizer built here. Any other name is a Hugging Face id or a directory,
-loaded with LoRA (or QLoRA) adapters from peft. Both are saved in the Hugging Face layout, so that plain
-`from_pretrained` opens a run directory.
+parameters), from random weights, with a tokenizer built here. Any other name is a Hugging Face id or a directory of
+the Qwen2.5-VL or Qwen3-VL family, loaded with LoRA (or QLoRA) adapters from peft. Both are saved in the Hugging Face
+layout, so that plain `from_pretrained` opens a run directory. "random:qwen7b" has the shapes of the published
+checkpoint and random weights: memory and speed are the same, and nothing is downloaded.
 
 Three rules keep a multi-turn conversation exact (measured in transformers 5.23, see README):
   1. Token ids from the sampler are the record: nothing is decoded and tokenised again.
@@ -15,6 +16,8 @@ Three rules keep a multi-turn conversation exact (measured in transformers 5.23,
     Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
 
     $ python model.py --base tiny          # what is in it: parameters by part, vocabulary, an example in tokens
+    $ python model.py --base random:qwen7b --quantize nf4 --lora_rank 16 --meta       # the same, nothing allocated
+    $ python model.py --merge runs/rl --out merged       # adapters into their base: a directory for a server
 
 Read next: rollout.py.
 """
@@ -27,9 +30,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import peft
@@ -37,6 +41,7 @@ import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -66,6 +71,7 @@ class Protocol:
     error_prompt: str = env.ERROR_PROMPT
     min_pixels: int = 40_000
     max_pixels: int = 2_000_000
+    before_question: str = ""          # between the first view and the question
 
 
 # ------------------------------------------------------------------------------------------------ the tiny policy
@@ -85,15 +91,20 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         "want ", ": see ", "nothing", ", ", "yes", "no", "read ", "plates", "next", "after", "try", "guess",
         *data.SHAPES, *data.COLORS, *coordinates, *(f"{c}, " for c in coordinates),
         *(f" {data.cell_name((x, y))}" for y in range(6) for x in range(6))]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return byte_tokenizer([], phrases, SPECIAL_TOKENS)
+
+
+def byte_tokenizer(fillers: list[str], phrases: list[str], special: list[str]) -> transformers.PreTrainedTokenizerFast:
+    """Ids in this order: the 256 bytes, fillers (which no text is encoded to), phrases, special tokens."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *fillers]
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=IM_END, pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in (IM_END, "<|endoftext|>")],
+        additional_special_tokens=[t for t in special if t not in (IM_END, "<|endoftext|>")],
         clean_up_tokenization_spaces=False, model_max_length=32_768)
 
 
@@ -123,6 +134,78 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int =
             key = layer.self_attn.k_proj.weight.mul_(1.2).view(2, -1, width)                   # (kv heads, D, width)
             layer.self_attn.q_proj.weight.copy_(key.repeat_interleave(2, 0).view(-1, width))   # two query heads each
     return model
+
+
+# ------------------------------------------------------------------------------------------------ random bases
+
+# Numbers: config.json of Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen/Qwen3-VL-4B-Instruct (a test compares the
+# parameter counts with those published). Ids of the special tokens: tokenizer_config.json there, from 151643 on.
+QWEN_SPECIAL_TOKENS = ["<|endoftext|>", IM_START, IM_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+                       "<|box_end|>", "<|quad_start|>", "<|quad_end|>", VISION_START, VISION_END, "<|vision_pad|>",
+                       IMAGE_PAD, "<|video_pad|>"]
+_SHARED = dict(rms_norm_eps=1e-6, bos_token_id=151_643, eos_token_id=151_645, pad_token_id=151_643)
+_TEXT25 = dict(max_position_embeddings=128_000, **_SHARED, rope_parameters={
+    "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+_VISION25 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112,
+                 fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+RANDOM_BASES = {
+    "qwen3b": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
+                         num_attention_heads=16, num_key_value_heads=2, **_TEXT25),
+        vision_config=dict(out_hidden_size=2048, **_VISION25), tie_word_embeddings=True),
+    "qwen7b": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
+                         num_attention_heads=28, num_key_value_heads=4, **_TEXT25),
+        vision_config=dict(out_hidden_size=3584, **_VISION25), tie_word_embeddings=False),
+    "qwen3vl4b": lambda: transformers.Qwen3VLConfig(
+        text_config=dict(vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=262_144,
+                         **_SHARED, rope_parameters={"rope_type": "default", "rope_theta": 5e6,
+                                                     "mrope_interleaved": True, "mrope_section": [24, 20, 20]}),
+        vision_config=dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16,
+                           out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17]), tie_word_embeddings=True)}
+
+
+def random_model(config: transformers.PreTrainedConfig, device: torch.device, dtype: torch.dtype,
+                 four_bits: transformers.BitsAndBytesConfig | None) -> transformers.PreTrainedModel:
+    """A model of this configuration with random weights, the same at every call; made, and quantized, layer by layer.
+
+    On the meta device nothing is allocated.
+    """
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if four_bits:
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        model = replace_with_bnb_linear(model, four_bits.llm_int8_skip_modules, four_bits)
+        model.is_loaded_in_4bit = model.is_quantized = True              # what peft asks for
+    if device.type == "meta":
+        return model
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)                                             # an adapter finds its base again
+        for module in model.modules():
+            if hasattr(getattr(module, "weight", None), "quant_type"):
+                import bitsandbytes
+                weight = torch.empty(module.weight.shape, dtype=dtype, device=device).normal_(std=0.02)
+                module.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
+                                                           compress_statistics=True, module=module).to(device)
+                if module.bias is not None:
+                    module.bias = nn.Parameter(torch.zeros_like(module.bias, device=device), requires_grad=False)
+            else:
+                module.to_empty(device=device, recurse=False)
+                model._init_weights(module)
+    model.tie_weights()
+    return model.train(False)
+
+
+def random_processors(config) -> tuple[transformers.PreTrainedTokenizerFast, transformers.BaseImageProcessor]:
+    """Byte tokenizer with the special tokens at their true ids, and the image processor of the family."""
+    first, vision = 151_643, config.vision_config
+    tokenizer = byte_tokenizer([f"<{i}>" for i in range(256, first)], [], QWEN_SPECIAL_TOKENS)
+    qwen3 = vision.patch_size == 16           # preprocessor_config.json of both families
+    sizes = dict(min_pixels=65_536, max_pixels=16_777_216) if qwen3 else dict(min_pixels=3136, max_pixels=12_845_056)
+    norm = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3) if qwen3 else {}
+    return tokenizer, transformers.Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size, merge_size=2, temporal_patch_size=2, **sizes, **norm)
 
 
 # ------------------------------------------------------------------------------------------------ the tower's attention
@@ -178,7 +261,7 @@ class Policy:
         banned += range(len(self.tokenizer), vocabulary)
         self.banned = torch.zeros(vocabulary, device=self.device)                 # (V,) added to every logit
         self.banned[torch.tensor(banned, device=self.device)] = -math.inf
-        self.encode("\n")                        # the first call changes a setting of the tokenizer: not while threads run
+        self.encode("\n")                # the first call changes a setting of the tokenizer: not while threads run
 
     @property
     def device(self) -> torch.device:
@@ -311,15 +394,45 @@ def check_files(directory: Path) -> None:
             raise data.UserError(f"{file}: {error}; is the file cut short?") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyFlags:
+    """Flags of every script that loads a policy; the names are those of load_policy's arguments."""
+    device: str | None = None          # default: cuda if there is one
+    quantize: Literal["nf4"] | None = None  # "nf4": the language model in 4 bits
+    system_prompt: Path | None = None  # a file with another wording, for weights trained on it; default: the policy's
+    observation_prompt: Path | None = None  # likewise, before each view; {label} {action} {image} are filled in
+    min_pixels: int | None = None      # of a view, width * height; default: the policy's
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFlags(PolicyFlags):
+    lora_rank: int = 0                 # adapters of this rank on the language model, all else frozen; 0: every weight
+    lora_alpha: int | None = None      # default: twice the rank
+    lora_dropout: float = 0.0          # for the cold start; in GRPO, log-probs would not be those of sampling
+    lora_targets: str = LORA_TARGETS   # regular expression of module names
+
+
+def policy_flags(cfg) -> dict:
+    """The flags of a script's Config that load_policy takes."""
+    return {field.name: getattr(cfg, field.name) for field in fields(LoraFlags) if hasattr(cfg, field.name)}
+
+
 def load_policy(name: str, *, adapter: str | None = None, quantize: str | None = None, lora_rank: int | None = None,
-                device: str | None = None, dtype: torch.dtype | None = None) -> Policy:
+                lora_alpha: int | None = None, lora_dropout: float = 0.0, lora_targets: str = LORA_TARGETS,
+                system_prompt: Path | None = None, observation_prompt: Path | None = None,
+                min_pixels: int | None = None, max_pixels: int | None = None,
+                device: str | None = None, dtype: torch.dtype | str | None = None) -> Policy:
     """Loads a policy, ready to sample and to train.
 
-    name: "tiny" (random weights from torch's generator), a Hugging Face id of the Qwen2.5-VL or Qwen3-VL family, or a
-    directory: a checkpoint, or a run of ours, adapter runs included. adapter: a peft directory to put on top.
-    quantize: "nf4" loads the language model in 4 bits (bitsandbytes). lora_rank: adds fresh LoRA adapters to the
-    language model and freezes all else; None trains every weight. device: default cuda if there is one. dtype:
-    default float32 on the CPU, bfloat16 on cuda. Raises data.UserError when there is nothing to load.
+    name: "tiny" (random weights from torch's generator), "random:" and a key of RANDOM_BASES, a Hugging Face id of the
+    Qwen2.5-VL or Qwen3-VL family, or a directory: a checkpoint, or a run of ours, adapter runs included. adapter: a
+    peft directory to put on top. quantize: "nf4" loads the language model in 4 bits (bitsandbytes). lora_rank: adds
+    fresh LoRA adapters to the language model, unless there is an adapter, and freezes all else; None or 0 trains every
+    weight. lora_alpha: default twice the rank. system_prompt, observation_prompt: files; these and the sizes of views
+    replace what the policy was saved with. device: default cuda if there is one; "meta" allocates nothing. dtype:
+    default bfloat16 on cuda for checkpoints above 1 GB, else float32; "auto" keeps that of the checkpoint. Raises
+    data.UserError when there is nothing to load.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = Path(name)
@@ -328,6 +441,7 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
         processor = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=1,
                                                           min_pixels=16 * 16, max_pixels=1024 * 1024)
         model = tiny_model(tokenizer).to(device, dtype or torch.float32)
+        model.tie_weights()                                 # a move to the meta device unties them
     else:
         check_files(directory)
         if (directory / "adapter_config.json").exists():
@@ -335,21 +449,32 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
             check_files(Path(name))
         elif directory.exists() and not (directory / "config.json").exists():
             raise data.UserError(f"{directory} holds no policy (neither config.json nor adapter_config.json)")
-        options = {"dtype": dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)}
-        if (directory / "protocol.json").exists() and not adapter:
-            options["dtype"] = dtype or torch.float32                  # a tiny run: small enough for full precision
-        if quantize == "nf4":
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["model.visual", "lm_head"])
-        elif quantize is not None:
+        drawn = name.startswith("random:")
+        if drawn and name[7:] not in RANDOM_BASES:
+            raise data.UserError(f"{name}: there are " + ", ".join(f"random:{key}" for key in RANDOM_BASES))
+        small = 0 < sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) < 1e9
+        dtype = dtype or (torch.float32 if device.type == "cpu" or small else torch.bfloat16)
+        if quantize not in (None, "nf4"):
             raise data.UserError(f"quantize={quantize!r}: only 'nf4' is known")
+        four_bits = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["model.visual", "lm_head"]) if quantize else None
+        model, protocol, report = None, Protocol(before_question="\n"), {"missing_keys": ()}
         try:
-            model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-                name, device_map={"": device}, output_loading_info=True, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(name)
-            protocol = Protocol()
+            if drawn:
+                config = RANDOM_BASES[name[7:]]()
+                tokenizer, processor = random_processors(config)
+            else:
+                config = transformers.AutoConfig.from_pretrained(name)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+                processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(name)
+            if drawn or device.type == "meta":
+                model = random_model(config, device, torch.bfloat16 if dtype == "auto" else dtype, four_bits)
+                model.name_or_path = model.config.name_or_path = name
+            else:
+                options = {"quantization_config": four_bits} if four_bits else {}
+                model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+                    name, device_map={"": device}, output_loading_info=True, dtype=dtype, **options)
             for place in (Path(adapter or name), Path(name)):
                 if (place / "protocol.json").exists():
                     protocol = Protocol(**data.read_json(place / "protocol.json"))
@@ -364,15 +489,44 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
         try:
             with warnings.catch_warnings():                 # an adapter for other layers: peft would go on without it
                 warnings.filterwarnings("error", "Found missing adapter keys")
-                model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+                config = peft.PeftConfig.from_pretrained(adapter)
+                config.lora_dropout = lora_dropout
+                model = peft.PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
         except FILE_ERRORS as error:
             raise data.UserError(f"cannot put the adapter {adapter} on {name}: {reason(error)}") from error
     elif lora_rank:
         model.requires_grad_(False)
-        config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS,
-                                 task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, config)
-    return Policy(model, tokenizer, processor, protocol, name)
+        config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, lora_dropout=lora_dropout,
+                                 target_modules=lora_targets, task_type="CAUSAL_LM")
+        try:
+            model = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise data.UserError(f"--lora_targets {lora_targets}: {reason(error)}") from error
+    wanted = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    for flag, file in {"system_prompt": system_prompt, "observation_prompt": observation_prompt}.items():
+        try:
+            wanted[flag] = file and Path(file).read_text("utf-8-sig").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise data.UserError(f"--{flag}: {file} cannot be read as UTF-8 text ({reason(error)})") from None
+    protocol = replace(protocol, **{key: value for key, value in wanted.items() if value is not None})
+    if not 1 <= protocol.min_pixels <= protocol.max_pixels:
+        raise data.UserError(f"views of {protocol.min_pixels} to {protocol.max_pixels} pixels: "
+                             "--min_pixels starts at 1 and is no larger than --max_pixels")
+    policy = Policy(model, tokenizer, processor, protocol, name)
+    if tokenizer.chat_template and not same_layout(policy):
+        warnings.warn(f"{name}: its chat template lays tokens out in another way than we do; it may do badly")
+    return policy
+
+
+def same_layout(policy: Policy) -> bool:
+    """Does the checkpoint's chat template give the tokens of `render`, around images and turns?"""
+    image, text = {"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "a b."}
+    talk = [{"role": role, "content": content} for role, content in (
+        ("system", [text]), ("user", [image, text]), ("assistant", [text]), ("user", [text, image, text]))]
+    theirs = policy.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    ours = [i for i in policy.render(talk)[0] if i != policy.image_pad]
+    tokens = policy.tokenizer(theirs, add_special_tokens=False)["input_ids"]
+    return ours == [i for i in tokens if i != policy.image_pad] and tokens.count(policy.image_pad) == 2
 
 
 @contextmanager
@@ -493,17 +647,18 @@ def side_by_side(function: Callable, items: list, device: torch.device) -> Itera
         yield from pool.map(function, items)
 
 
-def add_gradients(loss_of: Callable, batches: list[list], weights: list[nn.Parameter],
-                  device: torch.device) -> Iterator:
-    """Adds the gradients of `loss_of(batch)` to `weights`, for all batches, in order whichever is ready first.
+def add_gradients(policy: Policy, loss_of: Callable, batches: list[list]) -> Iterator:
+    """Adds the gradients of `loss_of(batch)` to those of the policy: of all batches, in order whichever is first.
 
     `loss_of` returns (a scalar to minimise, anything else); yields (its value, that) per batch.
     """
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+
     def one(batch: list):
         loss, more = loss_of(batch)
         return torch.autograd.grad(loss, weights, allow_unused=True), loss.item(), more
 
-    for gradients, value, more in side_by_side(one, batches, device):
+    for gradients, value, more in side_by_side(one, batches, policy.device):
         for weight, gradient in zip(weights, gradients):
             if gradient is not None:
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -513,26 +668,68 @@ def add_gradients(loss_of: Callable, batches: list[list], weights: list[nn.Param
 # ------------------------------------------------------------------------------------------------ the command
 
 @dataclass(frozen=True)
-class Config:
-    base: str = "tiny"                 # "tiny", a Hugging Face id, or a directory
-    lora_rank: int | None = None       # adapters of this rank on the language model
-    quantize: str | None = None        # "nf4": the language model in 4 bits
-    device: str | None = None          # default: cuda if there is one
+class Config(LoraFlags):
+    base: str = "tiny"                 # "tiny", "random:qwen7b" and the like, a Hugging Face id, or a directory
+    meta: bool = False                 # count only: no weight is allocated or downloaded
+    merge: Path | None = None          # a run with adapters: merges them into their base, and writes that into `out`
+    out: Path | None = None            # new directory for `merge`
+
+
+def nf4_bytes(count: int) -> int:
+    """Bytes of a matrix of `count` weights in 4 bits, its constants quantized too (QLoRA, arXiv 2305.14314).
+
+    Half a byte each; one byte per block of 64; four per 256 blocks; an offset and two tables of 16 and 256 floats.
+    """
+    blocks = -(-count // 64)
+    return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (1 + 16 + 256)
+
+
+def footprint(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """{part: (parameters, trainable ones, bytes)}, and the sum under "in all"; shared weights count once."""
+    four_bits = {id(m.weight): m.in_features * m.out_features for m in model.modules()
+                 if hasattr(getattr(m, "weight", None), "quant_type")}
+    named = (("adapters", "lora_"), ("vision tower", "visual."), ("embeddings", "embed_tokens"), ("head", "lm_head"),
+             ("language model", ""))
+    parts: dict[str, tuple[int, int, int]] = {}
+    for name, weight in model.named_parameters():
+        count = four_bits.get(id(weight), weight.numel())
+        size = nf4_bytes(count) if id(weight) in four_bits else weight.nbytes
+        row = count, count * weight.requires_grad, size
+        for part in (next(part for part, mark in named if mark in name), "in all"):
+            parts[part] = tuple(map(sum, zip(parts.get(part, (0, 0, 0)), row)))
+    parts["in all"] = parts.pop("in all")                                # comes last
+    return parts
+
+
+def merge(run: Path, out: Path) -> None:
+    """Writes the base of an adapter run with the adapters merged in, in the type and layout of the base.
+
+    Configuration, tokenizer and processor files are the base's own, so that a server reads what it knows.
+    """
+    if not (run / "adapter_config.json").exists():
+        raise data.UserError(f"--merge: no adapter in {run}; a run that trained every weight needs no merging")
+    if out.exists() and any(out.iterdir()):
+        raise data.UserError(f"--out: {out} is not empty")
+    policy = load_policy(str(run), device="cpu", dtype="auto")
+    name, drawn = policy.name, policy.name.startswith("random:")
+    out.mkdir(parents=True, exist_ok=True)
+    Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.image_processor, policy.protocol, name).save(out)
+    kept = ["*.json", "*.txt", "*.jinja"]
+    base = Path(name) if drawn or Path(name).exists() else Path(snapshot_download(name, allow_patterns=kept))
+    for file in (file for pattern in kept for file in base.glob(pattern)):
+        if file.name != "protocol.json" and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
 
 
 def main(cfg: Config) -> None:
-    policy = load_policy(cfg.base, lora_rank=cfg.lora_rank, quantize=cfg.quantize, device=cfg.device)
-    parts: dict[str, list[int]] = {}
-    for name, weight in policy.model.named_parameters():
-        named = (("adapters", "lora_"), ("vision tower", "visual."), ("embeddings", "embed_tokens"),
-                 ("head", "lm_head"))
-        part = next((part for part, mark in named if mark in name), "language model")
-        row = parts.setdefault(part, [0, 0, 0])
-        for column, value in enumerate((weight.numel(), weight.numel() * weight.requires_grad, weight.nbytes)):
-            row[column] += value
-    parts["in all"] = [sum(column) for column in zip(*parts.values())]
-    print(f"{'':16s}{'parameters':>16s}{'trainable':>16s}{'bytes':>16s}      (4-bit weights: two to a parameter)")
-    for name, row in parts.items():
+    if (cfg.merge is None) != (cfg.out is None):
+        raise data.UserError("--merge RUN and --out DIR go together")
+    if cfg.merge:
+        merge(cfg.merge, cfg.out)
+        return print(f"{cfg.merge} merged into {cfg.out}")
+    policy = load_policy(cfg.base, **policy_flags(cfg) | ({"device": "meta"} if cfg.meta else {}))
+    print(f"{'':16s}{'parameters':>16s}{'trainable':>16s}{'bytes':>16s}")
+    for name, row in footprint(policy.model).items():
         print(f"{name:16s}" + "".join(f"{value:16,d}" for value in row))
     probe = data.make_probe("attribute", "hard", 0)
     p = policy.protocol

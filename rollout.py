@@ -34,7 +34,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import data
 from env import MAX_IMAGE_PIXELS, Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
-from model import Policy, load_policy, memory_advice, mrope_positions, sampled_logprobs, side_by_side
+from model import (Policy, PolicyFlags, load_policy, memory_advice, mrope_positions, policy_flags,
+                   sampled_logprobs, side_by_side)
 
 
 @dataclass
@@ -79,8 +80,8 @@ class Transcript:
                  make_env: type[CropEnv] = CropEnv, force_answer: str = ""):
         p = policy.protocol
         self.policy, self.probe, self.force_answer = policy, probe, force_answer
-        self.env = make_env(probe.open(), probe.prompt(), max_turns, p.min_pixels, p.max_pixels, max_images,
-                           p.system_prompt, p.observation_prompt, p.error_prompt)
+        self.env = make_env(probe.open(), p.before_question + probe.prompt(), max_turns, p.min_pixels, p.max_pixels,
+                           max_images, p.system_prompt, p.observation_prompt, p.error_prompt)
         self.ids: list[int] = []
         self.mask: list[bool] = []
         self.logprobs: list[float] = []
@@ -267,6 +268,7 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     training that does not change the tower. progress: a label for a progress bar. Raises ValueError for a prompt
     beyond max_context.
     """
+    policy.model.train(False)               # a model in training keeps no cache when it checkpoints activations
     groups = [Group(probe, range(i * group_size, (i + 1) * group_size)) for i, probe in enumerate(probes)]
     bar = tqdm(total=len(probes) * group_size, desc=progress, disable=progress is None, leave=False)
 
@@ -433,7 +435,7 @@ def draw_search(episode: Episode, side: int = 900) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     image: Path                        # a photograph, or any picture
     question: str                      # what to find out
     init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
@@ -443,13 +445,12 @@ class Config:
     max_turn_tokens: int = 1024        # a longer message is cut, and the search ends
     max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file is refused
     seed: int = 0
-    device: str | None = None          # default: cuda if there is one
 
 
 @memory_advice("--max_turns", "--max_turn_tokens", "--init")
 def main(cfg: Config) -> None:
     probe = data.Probe(load_image(cfg.image, cfg.max_image_pixels), cfg.question, answer="")
-    policy = load_policy(str(cfg.init), device=cfg.device)
+    policy = load_policy(str(cfg.init), **policy_flags(cfg))
     episode, = rollout(policy, [probe], max_turns=cfg.max_turns, temperature=cfg.temperature, seed=cfg.seed,
                        max_turn_tokens=cfg.max_turn_tokens)
     for i, text in enumerate(messages(policy, episode), 1):

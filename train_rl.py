@@ -9,12 +9,13 @@ punishment would teach to guess before the limit. (4) is the idea of the paper; 
 
     $ python train_rl.py                                   # runs/sft -> runs/rl
     $ python train_rl.py --over_turn zero_reward --out runs/rl_zero      # the ablation: running out of turns is failure
+    $ python train_rl.py qwen7b --steps 100                # a preset for a real base; see PRESETS
 
 Read next: eval.py.
 """
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,14 +25,15 @@ from tqdm import tqdm
 
 import data
 from env import ERROR_CODES, STOPS
-from model import add_gradients, load_policy, memory_advice, micro_batches, token_logprobs
+from model import add_gradients, memory_advice, micro_batches, token_logprobs
 from rollout import Episode, describe, rollout
-from train_sft import go_on, load_run, log, open_run, peak_gb, report_skipped, save_run, stop_on_signal, update
+from train_sft import (TrainFlags, go_on, load_run, load_trainable, log, open_run, peak_gb, report_skipped, save_run,
+                       stop_on_signal, update)
 
 
 @dataclass(frozen=True)
-class Config:
-    init: Path = Path("runs/sft")      # the policy to start from: a run directory of train_sft.py
+class Config(TrainFlags):
+    init: Path = Path("runs/sft")      # the policy to start from: a run of train_sft.py, or what its --base takes
     out: Path = Path("runs/rl")        # run directory
     seed: int = 0                      # questions and sampling
     steps: int = 30                    # rollout phases
@@ -53,12 +55,10 @@ class Config:
     max_context: int = 8192            # tokens per rollout before its last turn
     max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void
     temperature: float = 1.0
-    train_vision: bool = False         # train the vision tower too
     micro_tokens: int = 4096           # tokens per training forward, padding included
     slots: int = 192                   # rollouts at once
     show_every: int = 10               # steps between two printed rollouts
     save_every: int = 20               # steps
-    device: str | None = None          # default: cuda if there is one
     resume: bool = False               # go on from the last checkpoint in `out`
 
     def __post_init__(self):
@@ -143,14 +143,14 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
 
 @memory_advice("--micro_tokens", "--slots", "--max_context")
 def main(cfg: Config) -> None:
-    if not cfg.init.exists():
-        raise data.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py --out {cfg.init}")
     torch.manual_seed(cfg.seed)
-    policy = load_policy(str(cfg.init), device=cfg.device)
-    policy.base.model.visual.requires_grad_(cfg.train_vision)
+    try:
+        policy, optimizer = load_trainable(str(cfg.init), cfg, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    except data.UserError as error:
+        if cfg.init.exists() or ":" in str(cfg.init):
+            raise
+        raise data.UserError(f"--init: {error}; or train one first: python train_sft.py --out {cfg.init}") from None
     open_run(cfg, cfg.resume, policy.name)
-    weights = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
     start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
     stop = stop_on_signal()
     for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="GRPO"):
@@ -159,6 +159,7 @@ def main(cfg: Config) -> None:
         everything = [episode for group in rolled for episode in group]
         rolled_at = time.time()
 
+        policy.model.train()
         rewards = torch.tensor([[e.reward for e in group] for group in groups]).view(-1, cfg.group_size)      # (Q, G)
         over_turn = torch.tensor([[e.over_turn for e in group] for group in groups], dtype=torch.bool)
         over_turn = over_turn.view(-1, cfg.group_size)                                                        # (Q, G)
@@ -191,7 +192,7 @@ def main(cfg: Config) -> None:
                 clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
                 return loss, (int(clipped.sum()), int(sampled.sum()))
 
-            for _, counts in add_gradients(loss_of, micro_batches(used, cfg.micro_tokens), weights, policy.device):
+            for _, counts in add_gradients(policy, loss_of, micro_batches(used, cfg.micro_tokens)):
                 clipped_tokens, trained_tokens = clipped_tokens + counts[0], trained_tokens + counts[1]
             norm, bad = update(optimizer, cfg.grad_clip)
             norms += [] if bad else [norm]
@@ -234,5 +235,16 @@ def main(cfg: Config) -> None:
     print(f"saved in {cfg.out}; next: python eval.py --init {cfg.out}")
 
 
+# For one GPU of 24 GB. `paper`: full fine-tuning as published (256 groups of 16, eight updates, 30,768 tokens before
+# the last turn), which needs far more memory and time.
+QWEN3B = Config(lora_rank=16, lr=1e-5, steps=200, questions=8, activation_checkpointing=True, max_pixels=1_000_000,
+                max_context=16_384, max_turn_tokens=1024, micro_tokens=8192, slots=16)
+PRESETS = {
+    "tiny": Config(), "qwen3b": QWEN3B, "qwen7b": replace(QWEN3B, quantize="nf4", adam_8bit=True),
+    "paper": replace(QWEN3B, lora_rank=0, autocast=True, train_vision=True, lr=1e-6, questions=256, group_size=16,
+                     updates=8, max_rounds=10, max_pixels=2_000_000, max_context=30_768, max_turn_tokens=8192,
+                     micro_tokens=32_768)}
+
+
 if __name__ == "__main__":
-    data.command(main, Config)
+    data.command(main, Config, PRESETS)

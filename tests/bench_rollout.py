@@ -17,13 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import tyro
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import data
 import rollout as rollout_module
-from env import CropEnv, Crop, format_action
+from env import Crop, CropEnv, format_action
 from model import Policy, load_policy
 from rollout import Row, Transcript, rollout
 

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -82,7 +81,7 @@ def gradient(policy: Policy, weights: list, side: str, episodes: list[Episode], 
         if side == "pictures encoded again":
             episodes = [dataclasses.replace(episode, features=None) for episode in episodes]
         loss_of = lambda batch: (-token_logprobs(policy, batch).sum() / len(episodes), None)
-        for _ in add_gradients(loss_of, micro_batches(episodes, budget), weights, policy.device):
+        for _ in add_gradients(policy, loss_of, micro_batches(episodes, budget)):
             pass
     return [weight.grad for weight in weights]
 

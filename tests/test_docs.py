@@ -1,5 +1,6 @@
 """The files as documents: each opens with its story and its command, no flag is ignored, nothing reaches backwards."""
 import ast
+import inspect
 import io
 import re
 import runpy
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import model
 import survives
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +23,10 @@ def names(paths):
     return [path.name for path in paths]
 
 
-def config_fields(path: Path) -> list[tuple[str, str]]:
-    """(name, source line) of each field of the script's Config; [] when it has none."""
+def config_fields(path: Path, classes: str = "Config") -> list[tuple[str, str]]:
+    """(name, source line) of each field of the script's Config, or of its `*Flags` that others inherit; [] without."""
     text = path.read_text()
-    found = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name.endswith(classes)]
     return [(field.target.id, text.splitlines()[field.end_lineno - 1])
             for node in found for field in node.body if isinstance(field, ast.AnnAssign)]
 
@@ -60,6 +62,7 @@ def test_the_command_of_each_file_has_a_help_page(path, monkeypatch, capsys):
 def test_the_flags_in_the_story_exist(path):
     story = ast.get_docstring(ast.parse(path.read_text()))
     known = {name for name, _ in config_fields(path)}
+    known |= {name for other in SCRIPTS for name, _ in config_fields(other, "Flags")} if known else set()
     for command in re.findall(rf"\$ python {re.escape(path.name)}(.*)", story):
         flags = re.findall(r"--([\w-]+)", command.partition(" #")[0])
         assert not known or {flag.replace("-", "_") for flag in flags} <= known
@@ -73,6 +76,14 @@ def test_every_field_of_a_configuration_is_used_and_explained(path):
         assert re.search(rf"\bcfg\.{name}\b", text), f"{path.name}: --{name} is never read"
         known = name in ("seed", "kinds", "temperature", "weight_decay") or name in help_texts     # as clip_high is
         assert "#" in line or known, f"{path.name}: --{name} has no help"
+
+
+def test_every_inherited_flag_reaches_the_policy_or_is_used_and_is_explained():
+    taken = inspect.signature(model.load_policy).parameters
+    for path in SCRIPTS:
+        for name, line in config_fields(path, "Flags"):
+            assert name in taken or re.search(rf"\bcfg\.{name}\b", path.read_text()), f"{path.name}: --{name}"
+            assert "#" in line or name == "max_pixels", f"{path.name}: --{name} has no help"
 
 
 def test_the_training_scripts_and_the_evaluation_are_commands():

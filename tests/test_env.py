@@ -950,3 +950,15 @@ def test_a_wrong_path_ends_in_one_line(tmp_path):
         assert done.returncode == 2 and done.stdout == ""
         assert len(done.stderr.splitlines()) == 1 and path in done.stderr
     assert run("env.py", "--help").returncode == 0
+
+
+def test_an_observation_prompt_says_where_the_view_is_and_which_message_it_answers():
+    world = CropEnv(Image.new("RGB", (100, 100)), "?", observation_prompt="After {action}: ({label})\n{image}.\nGo on, {x}.")
+    world.reset()
+    world.step("<grounding>[]</grounding>")                          # fails: the label stays behind the number
+    message, _ = world.step('<grounding>{"bbox_2d": [0, 0, 1, 1], "source": "original_image"}</grounding>')
+    before, view, after = message["content"]
+    assert (before["text"], view["type"], after["text"]) == ("After 1: (1)\n", "image", ".\nGo on, {x}.")
+    world.observation_prompt = "{image}"
+    message, _ = world.step('<grounding>{"bbox_2d": [0, 0, 1, 1], "source": "original_image"}</grounding>')
+    assert [part["type"] for part in message["content"]] == ["image"]

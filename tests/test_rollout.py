@@ -30,7 +30,9 @@ import rollout as rollout_module
 from conftest import RAGGED, noise, noise_probes, with_protocol
 from env import Answer, Crop, CropEnv, format_action
 from model import load_policy, mrope_positions, token_logprobs
-from rollout import (Config, Episode, Group, SlotCache, boxes_in_original, describe, draw_search, main, messages, replay, rollout)
+from rollout import (Config, Episode, Group, SlotCache, boxes_in_original, describe, draw_search, main, messages, replay,
+                     rollout)
+from test_model import plain_logprobs
 
 Row = rollout_module.Row
 SIZES = ((288, 288), (200, 120), (90, 300), (64, 40))
@@ -132,6 +134,39 @@ def test_what_was_sampled_has_the_same_log_prob_in_training(family, slots, ragge
     grids = {tuple(grid) for e in episodes for grid in policy.pixels(e.views())["image_grid_thw"].tolist()}
     assert len(grids) > 8 and max(e.turns for e in episodes) == 6
     assert disagreement(policy, episodes) <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen25_dir", "qwen3_dir"])
+@pytest.mark.parametrize("flags", [{"lora_rank": 4}, {"lora_rank": 4, "quantize": "nf4"}], ids=["lora", "nf4"])
+@pytest.mark.filterwarnings("ignore")
+def test_turns_with_a_cache_equal_one_forward_of_the_whole_conversation(family, flags, ragged, say, request):
+    """Against transformers itself, which gets a row at once and finds its positions alone."""
+    if "quantize" in flags:
+        pytest.importorskip("bitsandbytes")
+    policy = load_policy(request.getfixturevalue(family), device="cpu", **flags)
+    vision, text = policy.base.config.vision_config, policy.base.config.text_config
+    assert family == "qwen25_dir" or vision.deepstack_visual_indexes == [0, 1] and text.rope_parameters["mrope_interleaved"]
+    policy = with_protocol(policy, ragged.protocol)
+    torch.manual_seed(3)
+    for name, weight in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    scripts = [SEARCHES[i] for i in (0, 0, 2, 5)]                   # the first two: a group that says the same
+    episodes = say(policy, noise_probes(*SIZES[:2]), scripts, group_size=2, slots=3)
+    assert np.array_equal(episodes[0].token_ids, episodes[1].token_ids)
+    assert len({len(e.token_ids) for e in episodes}) == 3 and len({v.size for e in episodes for v in e.views()}) >= 5
+    for episode in episodes:
+        with torch.no_grad():
+            whole = plain_logprobs(policy, policy.model, episode)
+        np.testing.assert_allclose(episode.logprobs, whole, atol=1e-4, rtol=0)
+    if "quantize" not in flags:
+        axes = policy.base.model.language_model.forward               # the test can fail: height and width swapped
+
+        def swapped(*args, position_ids, **kwargs):
+            return axes(*args, position_ids=position_ids[[0, 2, 1]], **kwargs)
+
+        policy.base.model.language_model.forward = swapped
+        assert disagreement(policy, episodes) > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

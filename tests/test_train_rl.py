@@ -48,6 +48,7 @@ from PIL import Image
 
 import data
 import eval as eval_script
+import gpu_real_bases
 import train_rl
 import train_sft
 from env import ERROR_CODES
@@ -634,3 +635,25 @@ def test_a_missing_policy_for_a_photo_is_one_line(tmp_path, monkeypatch, capsys)
 def test_bad_flags_are_refused_and_named(tmp_path, monkeypatch, capsys, flags, named):
     code, said = run_script(monkeypatch, capsys, "train_rl.py", *flags, "--out", tmp_path / "rl")
     assert code == 2 and named in re.sub(r"[│\s]+", " ", "\n".join(said))       # out of its box
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family, preset", [("qwen3_dir", "qwen3b"), ("qwen25_dir", "qwen7b")])
+def test_the_presets_of_real_bases_run_from_cold_start_to_evaluation(family, preset, request, monkeypatch, capsys):
+    """tests/gpu_real_bases.py at toy size: LoRA in full precision, and in 4 bits with 8-bit moments."""
+    pytest.importorskip("bitsandbytes")
+    for script, name in ((train_sft, "load_policy"), (eval_script, "load_policy"), (train_rl, "rollout"), (eval_script, "rollout"),
+                         (train_sft, "token_logprobs"), (train_rl, "token_logprobs")):
+        monkeypatch.setattr(script, name, getattr(script, name))                     # it changes them: give them back
+    gpu_real_bases.main(gpu_real_bases.Config(
+        presets=(preset,), base=request.getfixturevalue(family), device="cpu", pixels=48 * 48, turns=2, group_size=2,
+        eval_turns=3, turn_tokens=3))
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| /")]
+    assert [row[0].split(", ")[2].strip() for row in table] == ["SFT", "RL rollout", "RL update", "evaluation"]
+    assert all(float(row[1]) > 0 and float(row[2].replace(",", "")) > 0 for row in table)
+
+
+def test_without_a_gpu_nothing_is_measured_and_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu_real_bases.main(gpu_real_bases.Config())
+    assert capsys.readouterr().out == "no CUDA GPU here: nothing measured\n"

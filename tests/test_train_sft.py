@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import data
+import train_rl
 import train_sft
 from model import load_policy, token_logprobs
+from rollout import replay, rollout
 from train_sft import Config, draw_batch, drawn_ahead, learning_rate, write_atomic
 
 ROOT = Path(train_sft.__file__).parent
@@ -345,3 +347,139 @@ def test_user_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     assert code == 2 and err.startswith("error: --resume") and len(err.splitlines()) == 1, err
     code, err = run_script(monkeypatch, capsys, "train_sft.py", "--step", "3")
     assert code == 2 and "--steps" in err                             # tyro suggests the right flag
+
+
+# ------------------------------------------------------------------------------------------------ real bases
+
+FAMILIES = pytest.mark.parametrize("family", ["qwen25_dir", "qwen3_dir"])
+
+
+def trainable(family, request, out, **flags):
+    """(policy, optimizer, one search in two turns) for a small random checkpoint with these flags."""
+    torch.manual_seed(0)
+    cfg = small(out, base=request.getfixturevalue(family), min_pixels=32 * 32, max_pixels=96 * 96, **flags)
+    policy, optimizer = train_sft.load_trainable(cfg.base, cfg, lr=1e-3)
+    policy.model.train()
+    script = [data.search_script(probe := data.make_probe("sign", "easy", 1), random.Random(0), pattern="depth_first")[0]]
+    return policy, optimizer, replay(policy, probe, [*script, "<answer>4</answer>"])
+
+
+@FAMILIES
+@pytest.mark.filterwarnings("ignore")
+def test_in_four_bits_with_every_saving_only_adapters_are_trained(family, request, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    policy, optimizer, episode = trainable(family, request, tmp_path, quantize="nf4", lora_rank=4, adam_8bit=True,
+                                           activation_checkpointing=True, train_vision=True)
+    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    token_logprobs(policy, [episode]).sum().backward()
+    adapters = {name for name, weight in policy.model.named_parameters() if weight.grad is not None}
+    assert len(adapters) == 2 * 2 * 7 and all("lora_" in name and "visual" not in name for name in adapters)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(adapters)
+    for name, module in policy.base.named_modules():
+        if "visual" in name or "lm_head" in name:
+            assert not isinstance(module, bitsandbytes.nn.Linear4bit), name
+    train_sft.update(optimizer, 1.0)
+    changed = {name for name, weight in policy.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and changed <= adapters and any("lora_B" in name for name in changed)
+
+
+@FAMILIES
+@pytest.mark.parametrize("flags", [{"lora_rank": 4}, {}], ids=["lora", "full"])
+@pytest.mark.filterwarnings("ignore")
+def test_activation_checkpointing_changes_neither_gradients_nor_rollouts(family, flags, request, tmp_path):
+    gradients, said, calls = [], [], []
+    for checkpointing in (False, True):
+        policy, _, episode = trainable(family, request, tmp_path, activation_checkpointing=checkpointing, **flags)
+        layer = policy.base.model.language_model.layers[0].mlp
+        layer.register_forward_hook(lambda *_: calls.append(checkpointing))
+        token_logprobs(policy, [episode]).sum().backward()
+        gradients.append({name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
+        said.append(rollout(policy, [episode.probe], max_turns=2, max_turn_tokens=8, seed=1)[0])
+    assert calls.index(True) == 1 + len(said[0].token_ids[said[0].assistant_mask]) and calls[calls.index(True) + 1]
+    assert gradients[0].keys() == gradients[1].keys() and (len(gradients[0]) == 28 or "lora_rank" not in flags)
+    for name, one in gradients[0].items():
+        torch.testing.assert_close(one, gradients[1][name], atol=1e-5, rtol=1e-4, msg=name)
+    assert said[0].token_ids.tolist() == said[1].token_ids.tolist()
+    np.testing.assert_allclose(said[0].logprobs, said[1].logprobs, atol=1e-5)
+
+
+def test_full_fine_tuning_keeps_float32_weights_and_computes_in_bfloat16_on_request(request, tmp_path):
+    load_policy(request.getfixturevalue("qwen25_dir"), device="cpu", dtype=torch.bfloat16).save(tmp_path / "base")
+    request.getfixturevalue = lambda _: str(tmp_path / "base")
+    sums = []
+    for autocast in (False, True):
+        policy, optimizer, episode = trainable("", request, tmp_path, autocast=autocast, train_vision=autocast)
+        sums.append(token_logprobs(policy, [episode]).sum())
+        sums[-1].backward()
+        assert {weight.dtype for weight in policy.model.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in policy.base.model.language_model.parameters() if p.grad is not None} == {torch.float32}
+        assert all((p.grad is not None) == autocast for p in policy.base.model.visual.parameters())
+        rollout(policy, [episode.probe], max_turns=2, max_turn_tokens=4)
+    assert 1e-4 < abs(sums[0] - sums[1]).item() < 0.02 * abs(sums[0]).item()        # coarser, and not another model
+
+
+def test_four_bits_without_adapters_are_refused(qwen25_dir, tmp_path):
+    with pytest.raises(data.UserError, match="4 bits cannot be trained; add adapters, say --lora_rank"):
+        train_sft.main(small(tmp_path / "out", base=qwen25_dir, quantize="nf4"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_with_adapters_in_four_bits_and_moments_in_eight_equals_one_in_one_go(qwen3_dir, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    flags = dict(base=qwen3_dir, warmup_steps=0, quantize="nf4", lora_rank=64, adam_8bit=True, save_every=2,
+                 activation_checkpointing=True, min_pixels=32 * 32, max_pixels=48 * 48, batch=1)
+    train_sft.main(small(tmp_path / "whole", **flags))
+    saved = str(torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["optimizer"]["state"])
+    assert "dtype=torch.uint8" in saved
+    original = train_sft.learning_rate
+    monkeypatch.setattr(train_sft, "learning_rate", lambda cfg, step: original(cfg, step) if step < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_sft.main(small(tmp_path / "parts", **flags))
+    monkeypatch.setattr(train_sft, "learning_rate", original)
+    train_sft.main(small(tmp_path / "parts", **flags, resume=True))
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert len(one) == 28 and all(torch.equal(one[name], two[name]) for name in one)
+    assert without_times(lines(tmp_path / "parts")) == without_times(lines(tmp_path / "whole"))
+
+
+def test_the_rise_and_the_floor_of_the_learning_rate_by_hand():
+    cfg = Config(steps=100, lr=1.0, lr_rise=10, lr_floor=0.0)
+    assert learning_rate(cfg, 0) == pytest.approx(0.1, rel=1e-3) and learning_rate(cfg, 50) == pytest.approx(0.5)
+    assert learning_rate(cfg, 99) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+@pytest.mark.parametrize("script", [train_sft, train_rl])
+def test_the_first_word_picks_a_preset_and_flags_change_it(script, monkeypatch, capsys):
+    seen = []
+    for args in ([], ["--steps", "7"], ["tiny"], ["qwen3b"], ["qwen7b", "--steps", "7", "--lora_rank", "4"]):
+        monkeypatch.setattr(sys, "argv", ["script.py", *args])
+        data.command(seen.append, script.Config, script.PRESETS)
+    assert seen[0] == seen[2] == script.Config() and seen[1] == replace(script.Config(), steps=7)
+    assert seen[3] == script.PRESETS["qwen3b"]
+    assert seen[4] == replace(script.PRESETS["qwen7b"], steps=7, lora_rank=4)
+    monkeypatch.setattr(sys, "argv", ["script.py", "qwen1b"])
+    with pytest.raises(SystemExit) as stop:
+        data.command(seen.append, script.Config, script.PRESETS)
+    assert stop.value.code == 2
+    assert "qwen1b: no such preset; there are tiny, qwen3b, qwen7b, paper" in capsys.readouterr().err
+
+
+def test_presets_for_24_gb_train_adapters_and_the_paper_trains_every_weight_as_published():
+    for presets in (train_sft.PRESETS, train_rl.PRESETS):
+        assert list(presets) == ["tiny", "qwen3b", "qwen7b", "paper"]
+        for name in ("qwen3b", "qwen7b"):
+            cfg = presets[name]
+            assert cfg.lora_rank and cfg.activation_checkpointing and not cfg.train_vision and cfg.max_pixels == 1_000_000
+            assert (cfg.quantize, cfg.adam_8bit) == (("nf4", True) if name == "qwen7b" else (None, False))
+    sft, rl = train_sft.PRESETS["paper"], train_rl.PRESETS["paper"]                # notes: b.3, c.1
+    assert sft.base == "Qwen/Qwen2.5-VL-7B-Instruct" and not sft.train_vision and rl.train_vision
+    assert (sft.lr, sft.lr_floor, sft.lr_rise / sft.steps) == (1e-5, 0.0, pytest.approx(0.1, abs=1e-3))
+    assert sft.steps * sft.batch == pytest.approx(3 * 7267, rel=1e-3)                  # three epochs
+    assert (rl.questions, rl.group_size, rl.updates, rl.lr, rl.grad_clip) == (256, 16, 8, 1e-6, 1.0)
+    assert (rl.clip_low, rl.clip_high, rl.temperature, rl.over_turn) == (0.2, 0.3, 1.0, "mask")
+    assert (rl.max_turns, rl.max_images, rl.max_turn_tokens, rl.max_context) == (6, 12, 8192, 32_768 - 2000)
+    assert all(cfg.lora_rank == 0 and cfg.quantize is None and cfg.max_pixels == 2_000_000 for cfg in (sft, rl))
