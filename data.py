@@ -14,11 +14,13 @@ answers), so that knowing the colours of all plates, but not which is which, is 
 
 A scripted searcher, which knows the scene, plays probes through env.CropEnv and leaves the cold-start
 trajectories: depth-first and trial-and-error searches, the goal restated at every look, slips that it notices,
-and an impatience that grows with every miss. Only those that end correct are kept (paper, section 3.2).
+and an impatience that grows with every miss. Only those that end correct are kept (paper, section 3.2). For real
+photographs, `gather` lets any vision-language model play in context, shown the six searches of docs/exemplars.md.
 
     $ python data.py --out probes --count 100                     # draw probes: probes.jsonl, images/, sheet.png
     $ python data.py --out probes --backgrounds ~/photos          # the same, on your own photographs
     $ python data.py --check probes                               # what load_probes makes of a set, any format
+    $ python data.py --collect probes --endpoint URL --model NAME --out cold_start       # any VLM, shown six searches
 
 Read next: model.py.
 """
@@ -453,26 +455,26 @@ def load_probes(path: str | Path, limit: int | None = None, max_image_pixels: in
 
 def _rows(path: Path) -> Iterator[tuple[str, object, Path]]:
     """(where it is, for messages; the row; the folder its images are relative to) of every row of a set."""
-    files = [path]
+    files, paired = [path], []
     if path.is_dir():
+        folders = {f.parent for f in [*path.glob("*.json"), *path.glob("*/*.json")] if f.with_suffix(".jpg").is_file()}
+        paired = sorted(f for folder in folders for f in folder.glob("*.json"))
         parts = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
         singles = [path / name for name in SET_FILES if (path / name).is_file()] + sorted(path.glob("*.tsv"))
-        paired = sorted(f for f in [*path.glob("*.json"), *path.glob("*/*.json")] if f.with_suffix(".jpg").is_file())
-        files = paired or (parts if parts and not singles else singles)
-        if not files or len(singles) > 1 and not paired:
+        files = paired or singles or parts
+        if not files or files == singles and len(singles) > 1:
             raise UserError(f"{path} holds {' and '.join(f.name for f in files) or 'no set of probes'}: give the path of "
-                            f"one {', '.join(SET_FILES[:-1])}, {SET_FILES[-1]}, .tsv or .parquet")
+                            f"one {', '.join(SET_FILES)}, .tsv or .parquet")
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file or folder; to make a set: python data.py --out DIR")
         if file.suffix not in READERS:
             raise UserError(f"{file}: cannot read this kind of file, only {', '.join(READERS)}")
-        if path.is_dir() and file.with_suffix(".jpg").is_file():
-            yield str(file), {"image": f"{file.stem}.jpg", "category": file.parent.name, "question_id": file.stem,
-                              **read_json(file)}, file.parent
-            continue
-        for number, row in READERS[file.suffix](file):
-            yield f"{file}, row {number}", row, file.parent
+        if paired:
+            row = {"image": f"{file.stem}.jpg", "category": file.parent.name, "question_id": file.stem, **read_json(file)}
+            yield f"{file}, row 1", row, file.parent
+        else:
+            yield from ((f"{file}, row {number}", row, file.parent) for number, row in READERS[file.suffix](file))
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, object]]:
@@ -569,7 +571,7 @@ FORMATS = {     # set: its keys of question, answer and image, and one more that
     "visual_probe": ("problem", "solution", "images", "data_source"),                  # and DeepEyes_train_4K
     "cold_start": ("conversations", "sample_index", "images", "image_names"),
     "vstar": ("text", "label", "image", "question_id"),
-    "vstar_folders": ("question", "target_object", "bbox", "options"),
+    "vstar_folders": ("question", "target_object", "bbox", "options", "question_id"),
     "hr_bench": ("question", "answer", "image", "A"),                                  # options in columns, any such TSV
     "mme_realworld": ("Text", "Ground truth", "Image", "Answer choices"),
     "mme_realworld_tsv": ("question", "answer", "image", "multi-choice options"),
@@ -658,6 +660,14 @@ def final_answer(texts: list[str]) -> str | None:
     except ActionError:
         return None
     return action.text if isinstance(action, Answer) else None
+
+
+def ends(text: str) -> bool:
+    """Whether a message ends a search: an answer, or no action."""
+    try:
+        return isinstance(parse_action(text), Answer)
+    except ActionError as error:
+        return error.code == "no_action"
 
 
 def _literal(text: str):
@@ -1093,18 +1103,17 @@ def load_trajectories(path: str | Path, limit: int | None = None,
                       max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[Trajectory]:
     """Reads trajectories.jsonl of `gather`, or the released cold start (parquet: a file, or the folder of its parts).
 
-    A row without an answer in its last message has stop "over_turn". Raises UserError as load_probes does, and for a set
-    that holds questions only.
+    Without an answer in the last message, `stop` is "void" or "over_turn". Raises UserError as load_probes does, and for
+    a set that holds questions only.
     """
     loaded = []
     for number, probe in enumerate(load_probes(path, limit, max_image_pixels, unanswered=True), 1):
         if "texts" not in probe.meta:
-            raise UserError(f"{path}: row {number} holds a question and no search; for questions use another set")
-        texts, answer = probe.meta.pop("texts"), None
-        answer = final_answer(texts)
-        stop, reward = ("over_turn", 0.0) if answer is None else (
-            "answer", grade(answer, probe.answer, probe.options))
-        loaded.append(Trajectory(probe, texts, stop, reward, answer=answer))
+            raise UserError(f"{path}: row {number} holds a question and no search")
+        texts = probe.meta.pop("texts")
+        answer, ended = final_answer(texts), ends(texts[-1])
+        loaded.append(Trajectory(probe, texts, "answer" if answer else "void" if ended else "over_turn",
+                                 grade(answer, probe.answer, probe.options) if answer else 0.0, answer=answer))
     return loaded
 
 
@@ -1189,7 +1198,15 @@ def _write_trajectories(arrow, kept: list[tuple[Probe, dict]], out: Path) -> lis
 class Config:
     out: Path | None = None            # draw probes into this new folder: probes.jsonl, images/, sheet.png
     check: Path | None = None          # or read a set, each image too, and say what is in it
-    count: int = 100                   # probes
+    collect: Path | None = None        # or let a policy at `endpoint` search this set, shown exemplars, into `out`
+    count: int | None = None           # probes to draw (default: 100), or rows of a set (default: all)
+    endpoint: str = ""                 # OpenAI-compatible server, http://HOST:PORT/v1; its key in OPENAI_API_KEY
+    model: str = ""                    # its name there
+    max_turns: int = 12                # assistant messages per search
+    max_turn_tokens: int = 1024        # tokens per message
+    temperature: float = 1.0
+    slots: int = 16                    # searches at once
+    exemplars: Path = EXEMPLARS        # the searches that the policy is shown
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
@@ -1231,13 +1248,14 @@ def photos_in(folder: Path) -> list[str]:
 
 def draw_set(cfg: Config) -> None:
     """Draws a set of probes into cfg.out, and prints how one of them is searched."""
+    count = 100 if cfg.count is None else cfg.count
     unknown = [*(set(cfg.kinds) - set(PROBE_KINDS)), *(set(cfg.difficulties) - set(DIFFICULTIES))]
     largest = max((k for name in cfg.difficulties if name in DIFFICULTIES for k in DIFFICULTIES[name][0]), default=0)
     if unknown or not largest or not cfg.kinds:
         raise UserError(f"kinds are {', '.join(PROBE_KINDS)}; difficulties are {', '.join(DIFFICULTIES)}; "
                         f"not {', '.join(unknown) or 'none'}")
     smallest = math.isqrt(largest - 1) + 1
-    if not smallest <= cfg.grid <= 26 or cfg.cell < 16 or cfg.count < 1:          # 26: columns are named a to z
+    if not smallest <= cfg.grid <= 26 or cfg.cell < 16 or count < 1:          # 26: columns are named a to z
         raise UserError(f"needs a grid of {smallest} to 26 cells ({largest} plates), cells of 16 pixels or more, "
                         "and a count of 1 or more")
     photos = photos_in(cfg.backgrounds) if cfg.backgrounds else None
@@ -1245,7 +1263,7 @@ def draw_set(cfg: Config) -> None:
     shown: list[Probe] = []                               # only these stay in memory
 
     def drawn() -> Iterator[Probe]:
-        for probe in tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes"):
+        for probe in tqdm(itertools.islice(stream, count), total=count, desc="probes"):
             if sum(p.source == probe.source for p in shown) < 3:
                 shown.append(probe)
             yield probe
@@ -1257,26 +1275,62 @@ def draw_set(cfg: Config) -> None:
     example = min(shown, key=lambda probe: probe.meta["k"])
     script = search_script(example, random.Random(cfg.seed), pattern="trial_and_error")
     print(describe(*collect([example], lambda _: [script.pop(0)], max_turns=len(script))))
-    print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
+    print(f"{count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
 
 
-def check_set(path: Path, max_image_pixels: int) -> None:
+def check_set(path: Path, limit: int | None, max_image_pixels: int) -> None:
     """Prints what load_probes makes of a set, and opens every image."""
-    probes = load_probes(path, max_image_pixels=max_image_pixels)
-    sizes = Counter("{} x {}".format(*probe.open().size) for probe in tqdm(probes, desc="images"))
-    counts = {"sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
-              "answers": Counter(str(p.answer) for p in probes), "image sizes": sizes}
+    probes = load_probes(path, limit, max_image_pixels, unanswered=True)
+    images = (probe.open().size for probe in tqdm(probes, desc="images"))
+    sizes = dict(enumerate(images))                                   # width, height
+    sides = [math.sqrt((x1 - x0) * w * (y1 - y0) * h) for probe, (w, h) in zip(probes, sizes.values())
+             for x0, y0, x1, y1 in probe.boxes]
+    searches = [probe.meta["texts"] for probe in probes if "texts" in probe.meta]
+    counts = {
+        "sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
+        "categories": Counter(str(p.meta.get("category", "")) for p in probes),
+        "options": Counter(len(p.options or ()) for p in probes), "answers": Counter(str(p.answer) for p in probes),
+        "image sizes": Counter(f"{w} x {h}" for w, h in sizes.values()),
+        "turns": Counter(len(texts) for texts in searches)}
     print(f"{path}: {len(probes)} rows")
     for name, counter in counts.items():
         most = ", ".join(f"{value or '(none)'} {count}" for value, count in counter.most_common(10))
-        print(f"{name:14s}{most}{f', and {len(counter) - 10} more' if len(counter) > 10 else ''}")
+        if set(counter) - {""}:
+            print(f"{name:14s}{most}{f', and {len(counter) - 10} more' if len(counter) > 10 else ''}")
+    if sides:
+        sides.sort()
+        print(f"{'target sizes':14s}{sides[0]:.0f} to {sides[-1]:.0f} pixels, median {sides[len(sides) // 2]:.0f} "
+              f"({len(sides)} boxes, side of the square of the same area)")
+    if searches:
+        print(f"{'no answer':14s}{sum(final_answer(texts) is None for texts in searches)} rows, in their last turn")
     print(f"{'example':14s}{probes[0].image}\n  | {probes[0].prompt()}  (answer: {probes[0].answer})")
 
 
+def collect_set(cfg: Config) -> None:
+    """Cold start in context: see gather."""
+    if not (cfg.out and cfg.endpoint and cfg.model):
+        raise UserError("--collect PROBES needs --endpoint URL, --model NAME and --out DIR")
+    if cfg.max_turns < 1 or cfg.slots < 1:
+        raise UserError("--max_turns and --slots start at 1")
+    probes = load_probes(cfg.collect, cfg.count, cfg.max_image_pixels)
+    speak = speaker(Endpoint(cfg.endpoint, cfg.model), temperature=cfg.temperature, max_tokens=cfg.max_turn_tokens)
+    about = {"probes": str(cfg.collect), "rows": len(probes), "model": cfg.model, "max_turns": cfg.max_turns,
+             "temperature": cfg.temperature, "exemplars": str(cfg.exemplars)}
+    report = gather(probes, speak, cfg.out, about, max_turns=cfg.max_turns, slots=cfg.slots, exemplars=cfg.exemplars)
+    for name, value in report.items():
+        shown = ", ".join(f"{key}: {count}" for key, count in value.items()) if isinstance(value, dict) else value
+        print(f"{name:14s}{shown}")
+    print(f"saved in {cfg.out}; next: python train_sft.py --data {cfg.out}")
+
+
 def main(cfg: Config) -> None:
-    if (cfg.out is None) == (cfg.check is None):
-        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set")
-    draw_set(cfg) if cfg.out else check_set(cfg.check, cfg.max_image_pixels)
+    if bool(cfg.out) + bool(cfg.check) != 1 or (cfg.collect and cfg.check):
+        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set, or --collect PATH with "
+                        "--out DIR")
+    if cfg.check:
+        check_set(cfg.check, cfg.count, cfg.max_image_pixels)
+    else:
+        collect_set(cfg) if cfg.collect else draw_set(cfg)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,15 @@ punishment would teach to guess before the limit. (4) is the idea of the paper; 
 
     $ python train_rl.py                                   # runs/sft -> runs/rl
     $ python train_rl.py --over_turn zero_reward --out runs/rl_zero      # the ablation: running out of turns is failure
+    $ python train_rl.py --data VisualProbe_train --judge base           # a published set; the base judges open answers
 
 Read next: eval.py.
 """
+import itertools
 import random
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from env import ERROR_CODES, STOPS
-from model import load_policy, memory_advice, micro_batches, token_logprobs
+from env import ERROR_CODES, STOPS, judge_prompt
+from model import Policy, load_policy, memory_advice, micro_batches, sampled_logprobs, token_logprobs
 from rollout import Episode, describe, rollout
 from train_sft import go_on, load_run, log, open_run, peak_gb, report_skipped, save_run, stop_on_signal, update
 
@@ -48,6 +52,9 @@ class Config:
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
+    data: tuple[Path, ...] = ()        # sets of questions, such as VisualProbe_train; default: fresh probes
+    judge: str = "exact"               # of open answers: exact, base (the model below the adapters), or a server's URL
+    judge_model: str = ""              # the name of the judge at that server
     max_turns: int = 6                 # assistant messages per rollout: 5 crops and an answer
     max_images: int = 12               # images per rollout, the original included
     max_context: int = 8192            # tokens per rollout before its last turn
@@ -114,21 +121,73 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, assistant_mask
     return -per_row.sum() / denominator
 
 
+# ------------------------------------------------------------------------------------------------ the judge
+
+def base_judge(policy: Policy) -> Callable[[str], bool | None]:
+    """The frozen base below the adapters, text only: is yes or no the likelier next token?"""
+    if policy.model is policy.base:
+        raise data.UserError("--judge base: asks the model below the adapters, and this policy has none; choose exact or a "
+                             "server's URL")
+    words = [[policy.encode(word)[0] for word in spelt] for spelt in (("yes", "Yes"), ("no", "No"))]
+
+    @torch.no_grad()
+    def judge(prompt: str) -> bool | None:
+        ids, _ = policy.render([{"role": "user", "content": [{"type": "text", "text": prompt}]}])
+        row = torch.tensor([ids], device=policy.device)                              # (1, T)
+        positions = torch.arange(len(ids), device=policy.device).expand(3, 1, -1)    # (3, 1, T)
+        with policy.model.disable_adapter():
+            hidden = policy.base.model(input_ids=row, position_ids=positions, use_cache=False).last_hidden_state
+            logp = sampled_logprobs(policy, hidden[0, -1])                           # (V,)
+        yes, no = (logp[ids].logsumexp(0) for ids in words)
+        return bool(yes > no) if torch.isfinite(yes - no) else None
+    return judge
+
+
+def open_judge(name: str, model: str, policy: Policy | None) -> Callable[[str], bool | None] | None:
+    """--judge as a function, None for exact. UserError for a judge that cannot be asked."""
+    if name == "exact":
+        return None
+    if name == "base":
+        if policy is None:
+            raise data.UserError("--judge base: needs a policy here, not behind a server")
+        return base_judge(policy)
+    judge = data.endpoint_judge(data.Endpoint(name, model))
+    if judge(judge_prompt("What color?", "red", "red")) is None:
+        raise data.UserError(f"--judge {name}: {model or 'it (no --judge_model was given)'} does not answer yes or no")
+    return judge
+
+
+def judge_all(episodes: list[Episode], judge: Callable[[str], bool | None] | None) -> None:
+    """Has the judge look at the answers that are not literally right; where it fails, the episode is not `judged`."""
+    asked = [e for e in episodes if judge and e.stop == "answer" and not e.reward]
+    same = {(id(e.probe), e.answer): e for e in asked}                               # a group repeats itself
+    with ThreadPoolExecutor(1 if judge and judge.__qualname__.startswith("base_judge") else 16) as threads:
+        scores = dict(zip(same, threads.map(lambda e: data.judged(e.probe, e.answer, judge), same.values())))
+    for e in asked:
+        score = scores[id(e.probe), e.answer]
+        e.reward, e.judged = score or 0.0, score is not None
+
+
 # ------------------------------------------------------------------------------------------------ one step's rollouts
 
-def gather_groups(cfg: Config, policy, step: int) -> tuple[list[list[Episode]], list[list[Episode]]]:
-    """(groups with spread, at most Q; every group that was rolled out). Groups of equal rewards are replaced."""
+def gather_groups(cfg: Config, policy, step: int, published: Sequence[data.Probe] = (),
+                  judge: Callable[[str], bool | None] | None = None) -> tuple[list[list[Episode]], list[list[Episode]]]:
+    """(groups with spread, at most Q; every group that was rolled out). Groups of equal rewards are replaced, and those
+    of which the judge left an answer open."""
     rng = random.Random(f"rl/{cfg.seed}/{step}")
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+    if published:
+        probes = itertools.cycle(rng.sample(published, len(published)))
     kept, rolled = [], []
     for _ in range(cfg.max_rounds):
         asked = [next(probes) for _ in range(cfg.questions - len(kept))]
         episodes = rollout(policy, asked, group_size=cfg.group_size, max_turns=cfg.max_turns, max_images=cfg.max_images,
                            max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
                            temperature=cfg.temperature, seed=rng.getrandbits(48), slots=cfg.slots)
+        judge_all(episodes, judge)
         groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
         rolled += groups
-        kept += [group for group in groups if len({episode.reward for episode in group}) > 1]
+        kept += [g for g in groups if len({e.reward for e in g}) > 1 and all(e.judged for e in g)]
         if len(kept) == cfg.questions:
             break
     return kept, rolled
@@ -144,8 +203,10 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
 def main(cfg: Config) -> None:
     if not cfg.init.exists():
         raise data.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py --out {cfg.init}")
+    published = [probe for path in cfg.data for probe in data.load_probes(path)]
     torch.manual_seed(cfg.seed)
     policy = load_policy(str(cfg.init), device=cfg.device)
+    judge = open_judge(cfg.judge, cfg.judge_model, policy)
     policy.base.model.visual.requires_grad_(cfg.train_vision)
     open_run(cfg, cfg.resume, policy.name)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
@@ -154,7 +215,7 @@ def main(cfg: Config) -> None:
     stop = stop_on_signal()
     for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="GRPO"):
         began = time.time()
-        groups, rolled = gather_groups(cfg, policy, step)                            # roll out
+        groups, rolled = gather_groups(cfg, policy, step, published, judge)          # roll out
         everything = [episode for group in rolled for episode in group]
         rolled_at = time.time()
 
@@ -196,16 +257,18 @@ def main(cfg: Config) -> None:
         mean = lambda values: sum(values) / max(1, len(values))
         nll = -sum(float(e.logprobs.sum()) for e in everything)
         sampled_tokens = sum(int(e.assistant_mask.sum()) for e in everything)
+        judged = [e for e in everything if e.judged]
         metrics = {
-            "step": step + 1, "reward": mean([e.reward for e in everything]),
-            "accuracy": mean([e.reward for e in everything if e.stop == "answer"]),
+            "step": step + 1, "reward": mean([e.reward for e in judged]),
+            "accuracy": mean([e.reward for e in judged if e.stop == "answer"]),
+            "unjudged": len(everything) - len(judged),
             **{f"stop/{name}": mean([e.stop == name for e in everything]) for name in STOPS},
-            "wrong": mean([e.stop == "answer" and e.reward == 0 for e in everything]),
+            "wrong": mean([e.stop == "answer" and e.reward == 0 for e in judged]),
             "turns": mean([e.turns for e in everything]), "crops": mean([len(e.crops) for e in everything]),
             "errors": mean([len(e.errors) for e in everything]),
             **{f"error/{code}": mean([e.errors.count(code) for e in everything]) for code in ERROR_CODES[1:]},
             "groups/rolled": len(rolled), "groups/trained": len(groups),
-            "groups/zero_spread": mean([len({e.reward for e in group}) == 1 for group in rolled]),
+            "groups/zero_spread": mean([len({e.reward for e in group if e.judged}) < 2 for group in rolled]),
             "clip_fraction": clipped_tokens / max(1, trained_tokens), "entropy": nll / max(1, sampled_tokens),
             "grad_norm": mean(norms), "skipped": skipped, "trained_tokens": trained_tokens,
             "time/rollout": rolled_at - began, "time/step": time.time() - began,
