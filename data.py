@@ -56,8 +56,8 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import (MAX_ANSWER_CHARS, MAX_IMAGE_PIXELS, SYSTEM_PROMPT, ActionError, Answer, Crop, CropEnv, ImageError,
-                 fit_pixels, format_action, grade, judge_prompt, load_image, parse_action)
+from env import (MAX_IMAGE_PIXELS, SYSTEM_PROMPT, ActionError, Answer, Crop, CropEnv, ImageError, fit_pixels, format_action,
+                 grade, load_image, parse_action)
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {                       # our own definition: look-alikes, glyph height in cells, background contrast
@@ -1037,25 +1037,19 @@ def speaker(endpoint: Endpoint, **options) -> Callable[[list], list]:
     return speak
 
 
-def judged(probe: Probe, prediction: str | None, judge: Callable[[str], bool | None] | None) -> float | None:
-    """1.0 or 0.0; None when the judge failed. The judge, a prompt -> yes, no or failure, is asked only where the exact
-    match of an open answer says no: options name their letter, and an overlong answer is wrong."""
-    score = grade(prediction, probe.answer, probe.options)
-    if score or judge is None or prediction is None or probe.options or len(prediction) > MAX_ANSWER_CHARS:
-        return score
-    verdict = judge(judge_prompt(probe.question, probe.answer, prediction))
-    return None if verdict is None else float(verdict)
-
-
-def endpoint_judge(endpoint: Endpoint) -> Callable[[str], bool | None]:
-    """A judge behind a server; None when it cannot be reached or says neither yes nor no."""
-    def judge(prompt: str) -> bool | None:
+def endpoint_judge(endpoint: Endpoint) -> Callable[[list[str]], list[bool | None]]:
+    """A judge behind a server: prompts in, yes or no out; None where it cannot be reached or says neither."""
+    def ask(prompt: str) -> bool | None:
         try:
             said = endpoint([{"role": "user", "content": [{"type": "text", "text": prompt}]}], temperature=0, max_tokens=8)
         except UserError as error:
             tqdm.write(f"unjudged: {error}", file=sys.stderr)
             return None
         return {"yes": True, "no": False}.get(said.strip().rstrip(".").casefold())
+
+    def judge(prompts: list[str]) -> list[bool | None]:
+        with ThreadPoolExecutor(16) as threads:
+            return list(threads.map(ask, prompts))
     return judge
 
 

@@ -17,7 +17,6 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from env import ERROR_CODES, STOPS, judge_prompt
+from env import ERROR_CODES, MAX_ANSWER_CHARS, STOPS, judge_prompt
 from model import Policy, load_policy, memory_advice, micro_batches, sampled_logprobs, token_logprobs
 from rollout import Episode, describe, rollout
 from train_sft import go_on, load_run, log, open_run, peak_gb, report_skipped, save_run, stop_on_signal, update
@@ -123,7 +122,10 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, assistant_mask
 
 # ------------------------------------------------------------------------------------------------ the judge
 
-def base_judge(policy: Policy) -> Callable[[str], bool | None]:
+Judge = Callable[[list[str]], list[bool | None]]           # prompts -> is it right? None: the judge failed
+
+
+def base_judge(policy: Policy) -> Judge:
     """The frozen base below the adapters, text only: is yes or no the likelier next token?"""
     if policy.model is policy.base:
         raise data.UserError("--judge base: asks the model below the adapters, and this policy has none; choose exact or a "
@@ -131,47 +133,52 @@ def base_judge(policy: Policy) -> Callable[[str], bool | None]:
     words = [[policy.encode(word)[0] for word in spelt] for spelt in (("yes", "Yes"), ("no", "No"))]
 
     @torch.no_grad()
-    def judge(prompt: str) -> bool | None:
+    def ask(prompt: str) -> bool | None:
         ids, _ = policy.render([{"role": "user", "content": [{"type": "text", "text": prompt}]}])
         row = torch.tensor([ids], device=policy.device)                              # (1, T)
         positions = torch.arange(len(ids), device=policy.device).expand(3, 1, -1)    # (3, 1, T)
         with policy.model.disable_adapter():
             hidden = policy.base.model(input_ids=row, position_ids=positions, use_cache=False).last_hidden_state
             logp = sampled_logprobs(policy, hidden[0, -1])                           # (V,)
-        yes, no = (logp[ids].logsumexp(0) for ids in words)
+        yes, no = (logp[spelt].logsumexp(0) for spelt in words)
         return bool(yes > no) if torch.isfinite(yes - no) else None
-    return judge
+    return lambda prompts: [ask(prompt) for prompt in prompts]
 
 
-def open_judge(name: str, model: str, policy: Policy | None) -> Callable[[str], bool | None] | None:
+def open_judge(name: str, model: str, policy: Policy | None) -> Judge | None:
     """--judge as a function, None for exact. UserError for a judge that cannot be asked."""
     if name == "exact":
         return None
     if name == "base":
         if policy is None:
-            raise data.UserError("--judge base: needs a policy here, not behind a server")
+            raise data.UserError("--judge base: needs the policy here, not behind a server")
         return base_judge(policy)
     judge = data.endpoint_judge(data.Endpoint(name, model))
-    if judge(judge_prompt("What color?", "red", "red")) is None:
-        raise data.UserError(f"--judge {name}: {model or 'it (no --judge_model was given)'} does not answer yes or no")
+    if judge([judge_prompt("What color?", "red", "red")]) == [None]:
+        raise data.UserError(f"--judge {name}: --judge_model {model or '(not given)'} does not say yes or no")
     return judge
 
 
-def judge_all(episodes: list[Episode], judge: Callable[[str], bool | None] | None) -> None:
-    """Has the judge look at the answers that are not literally right; where it fails, the episode is not `judged`."""
-    asked = [e for e in episodes if judge and e.stop == "answer" and not e.reward]
-    same = {(id(e.probe), e.answer): e for e in asked}                               # a group repeats itself
-    with ThreadPoolExecutor(1 if judge and judge.__qualname__.startswith("base_judge") else 16) as threads:
-        scores = dict(zip(same, threads.map(lambda e: data.judged(e.probe, e.answer, judge), same.values())))
-    for e in asked:
-        score = scores[id(e.probe), e.answer]
-        e.reward, e.judged = score or 0.0, score is not None
+def judge_all(episodes: list[Episode], judge: Judge | None) -> None:
+    """Scores open answers that are not literally right by the judge; where it fails, an episode is not `judged`.
+
+    Options are left to exact match, and an answer beyond MAX_ANSWER_CHARS is wrong. A group repeats itself: equal answers
+    to a question are judged once.
+    """
+    asked: dict[tuple, list[Episode]] = {}
+    for e in episodes:
+        if judge and e.stop == "answer" and not (e.reward or e.probe.options or len(e.answer) > MAX_ANSWER_CHARS):
+            asked.setdefault((id(e.probe), e.answer), []).append(e)
+    prompts = [judge_prompt(e.probe.question, e.probe.answer, e.answer) for e, *_ in asked.values()]
+    for verdict, same in zip(judge(prompts) if prompts else [], asked.values()):
+        for e in same:
+            e.reward, e.judged = float(bool(verdict)), verdict is not None
 
 
 # ------------------------------------------------------------------------------------------------ one step's rollouts
 
 def gather_groups(cfg: Config, policy, step: int, published: Sequence[data.Probe] = (),
-                  judge: Callable[[str], bool | None] | None = None) -> tuple[list[list[Episode]], list[list[Episode]]]:
+                  judge: Judge | None = None) -> tuple[list[list[Episode]], list[list[Episode]]]:
     """(groups with spread, at most Q; every group that was rolled out). Groups of equal rewards are replaced, and those
     of which the judge left an answer open."""
     rng = random.Random(f"rl/{cfg.seed}/{step}")

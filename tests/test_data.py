@@ -385,26 +385,39 @@ def test_collect_plays_a_right_a_wrong_a_void_and_an_endless_policy():
     script = data.search_script(probes[0], random.Random(0), pattern="depth_first")
     look = '<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
     lines = [iter(script), iter(["<answer>never</answer>"]), iter([look, "I give up"]), itertools.repeat(look)]
-    right, wrong, void, endless = data.collect(probes, lambda talks: [next(line, "") for line in lines], max_turns=7)
+    said = {probe.question + str(i): line for i, (probe, line) in enumerate(zip(probes, lines))}
+    order = list(said.values())
+    seats: dict[int, object] = {}
+
+    def speak(talks):
+        for talk in talks:
+            seats.setdefault(id(talk), order[len(seats)] if len(seats) < len(order) else None)
+        return [next(seats[id(talk)], "") for talk in talks]
+
+    right, wrong, void, endless = data.collect(probes, speak, max_turns=7)
     assert (right.texts, right.stop, right.reward) == (script, "answer", 1.0)
     assert (wrong.texts, wrong.stop, wrong.reward) == (["<answer>never</answer>"], "answer", 0.0)
     assert (void.texts, void.stop, void.reward) == ([look, "I give up"], "void", 0.0)
     assert (len(endless.texts), endless.stop, endless.reward) == (7, "over_turn", 0.0)
     assert [t.probe for t in (right, wrong, void, endless)] == probes
+    assert (right.answer, wrong.answer, void.answer) == (probes[0].answer, "never", None)
+    assert len(right.crops) == len(script) - 1 and len(endless.crops) == 6 and not endless.errors
 
 
-def test_a_conversation_that_ended_is_none_and_the_others_grow():
-    probes = [data.make_probe("sign", "easy", seed) for seed in range(2)]
+def test_a_conversation_that_ended_makes_room_for_the_next_and_the_others_grow():
+    probes = [data.make_probe("sign", "easy", seed) for seed in range(3)]
     look = '<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
-    seen = []
+    seen, said = [], iter([["<answer>2</answer>", look], [look, "<answer>2</answer>"], [None]])
 
     def speak(talks):
-        seen.append([None if talk is None else [message["role"] for message in talk] for talk in talks])
-        return ["<answer>2</answer>", look if len(seen) < 3 else "<answer>4</answer>"]
+        seen.append([[message["role"] for message in talk] for talk in talks])
+        return next(said)
 
-    data.collect(probes, speak)
+    ended = list(data.play(iter(probes), speak, slots=2))
     start, turn = ["system", "user"], ["assistant", "user"]
-    assert seen == [[start, start], [None, start + turn], [None, start + 2 * turn]]
+    assert seen == [[start, start], [start + turn, start], [start + 2 * turn]]
+    assert [(number, t.probe, t.stop, len(t.texts)) for number, t in ended] == [
+        (0, probes[0], "answer", 1), (2, probes[2], "answer", 1), (1, probes[1], "over_context", 2)]
 
 
 def test_collect_grades_options_and_refuses_a_missing_text():
@@ -580,7 +593,7 @@ def test_a_wrong_path_says_what_to_do(tmp_path):
                           (tmp_path, "holds no set of probes: give the path of one probes.jsonl")):
         with pytest.raises(UserError, match=message):
             load_probes(path)
-    for name, content, message in (("a.txt", "x", "cannot read this kind of file, only .jsonl and .json"),
+    for name, content, message in (("a.txt", "x", "cannot read this kind of file, only .jsonl, .json"),
                                    ("b.jsonl", "\n \n", "holds no rows"), ("c.json", "[]", "holds no rows"),
                                    ("d.json", "{}", "should be a list of rows"), ("e.json", "[{", "not JSON"),
                                    ("f.json", "", "not JSON")):

@@ -25,7 +25,8 @@ from rollout import Episode, messages, replay
 
 ROOT = Path(eval_script.__file__).parent
 KEYS = {"label", "init", "probes", "samples", "seed", "control", "seconds", "curve", "correct_by_turns", "stops",
-        "errors", "mean_turns", "repeated_crops", "by_source", "by_k"}
+        "errors", "mean_turns", "repeated_crops", "by_source", "by_k", "judge", "unjudged", "by_category", "by_cycle",
+        "by_pixels"}
 
 
 @pytest.fixture(scope="module")
