@@ -595,7 +595,7 @@ def _to_probe(row: dict, folder: Path) -> Probe:
         options = {line[1]: line[2] for line in lines if line}
         question = question.split("\n")[0] if options else question
     elif name == "hr_bench":
-        options = {letter: row[letter] for letter in "ABCDEF" if row.get(letter)}
+        options = {letter: row[letter] for letter in "ABCDEF" if row.get(letter)} or None
     elif name != "visual_probe":
         options = _listed(_field(row, FORMATS[name][3], str, list))
     meta = {key: value for key, value in row.items() if key not in (*FORMATS[name], *"ABCDEF") or key == "question_id"}
