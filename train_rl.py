@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from env import ERROR_CODES, MAX_ANSWER_CHARS, STOPS, judge_prompt
+from env import ERROR_CODES, MAX_ANSWER_CHARS, MAX_IMAGE_PIXELS, STOPS, judge_prompt
 from model import Policy, load_policy, memory_advice, micro_batches, sampled_logprobs, token_logprobs
 from rollout import Episode, describe, rollout
 from train_sft import go_on, load_run, log, open_run, peak_gb, report_skipped, save_run, stop_on_signal, update
@@ -52,6 +52,7 @@ class Config:
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
     data: tuple[Path, ...] = ()        # sets of questions, such as VisualProbe_train; default: fresh probes
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file of `data` is refused
     judge: str = "exact"               # of open answers: exact, base (the model below the adapters), or a server's URL
     judge_model: str = ""              # the name of the judge at that server
     max_turns: int = 6                 # assistant messages per rollout: 5 crops and an answer
@@ -210,7 +211,7 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
 def main(cfg: Config) -> None:
     if not cfg.init.exists():
         raise data.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py --out {cfg.init}")
-    published = [probe for path in cfg.data for probe in data.load_probes(path)]
+    published = [probe for path in cfg.data for probe in data.load_probes(path, None, cfg.max_image_pixels)]
     torch.manual_seed(cfg.seed)
     policy = load_policy(str(cfg.init), device=cfg.device)
     judge = open_judge(cfg.judge, cfg.judge_model, policy)

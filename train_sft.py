@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import data
 from data import write_atomic
+from env import MAX_IMAGE_PIXELS
 from model import FILE_ERRORS, Policy, load_policy, memory_advice, micro_batches, reason, token_logprobs
 from rollout import Episode, replay
 
@@ -55,6 +56,7 @@ class Config:
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     data: Path | None = None           # trajectories to imitate: of data.py --collect, or the released set; no warm-up
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file of `data` is refused
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
     impatience: tuple[float, float] = (0.05, 0.15)  # one draw per search: chance of a guess after the n-th miss, over n
     patient_share: float = 0.10        # searches that never guess, however long
@@ -68,7 +70,7 @@ class Config:
 
 def load_written(cfg: Config) -> list[data.Trajectory]:
     """The trajectories of `--data`, [] without it; tells what there is to know about them."""
-    written = data.load_trajectories(cfg.data) if cfg.data else []
+    written = data.load_trajectories(cfg.data, None, cfg.max_image_pixels) if cfg.data else []
     if written:
         turns = [len(t.texts) for t in written]
         early = sum(any(data.ends(text) for text in t.texts[:-1]) for t in written)
