@@ -56,8 +56,8 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import (MAX_IMAGE_PIXELS, SYSTEM_PROMPT, ActionError, Answer, Crop, CropEnv, ImageError, fit_pixels, format_action,
-                 grade, load_image, parse_action)
+from env import (MAX_IMAGE_PIXELS, SYSTEM_PROMPT, ActionError, Answer, Crop, CropEnv, ImageError, fit_pixels,
+                 format_action, grade, load_image, parse_action)
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {                       # our own definition: look-alikes, glyph height in cells, background contrast
@@ -426,8 +426,8 @@ def load_probes(path: str | Path, limit: int | None = None, max_image_pixels: in
     path: a file, or the folder that holds it; FORMATS lists the sets.
         .jsonl    ours: one object per line, with "image" (relative to the file), "question", "answer", and whichever of
                   the other fields of Probe; or test_questions.jsonl of V*
-        .json     a list: VisualProbe and DeepEyes_train_4K, val.json or train.json, images named "SET/data/x.jpg", where
-                  SET is the folder of the file; or MME-RealWorld
+        .json     a list: VisualProbe and DeepEyes_train_4K, val.json or train.json, images named "SET/data/x.jpg",
+                  where SET is the folder of the file; or MME-RealWorld
         .tsv      HR-Bench, MME-RealWorld(-Lite): a column of base64 images, read when they are opened
         .parquet  the released cold start, one file or the folder of all parts; its texts are in meta["texts"]
         a folder with one .json and one .jpg per question, or of such folders: V*, with its boxes. The right option
@@ -457,24 +457,22 @@ def _rows(path: Path) -> Iterator[tuple[str, object, Path]]:
     """(where it is, for messages; the row; the folder its images are relative to) of every row of a set."""
     files, paired = [path], []
     if path.is_dir():
-        folders = {f.parent for f in [*path.glob("*.json"), *path.glob("*/*.json")] if f.with_suffix(".jpg").is_file()}
-        paired = sorted(f for folder in folders for f in folder.glob("*.json"))
-        parts = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        singles = [path / name for name in SET_FILES if (path / name).is_file()] + sorted(path.glob("*.tsv"))
-        files = paired or singles or parts
-        if not files or files == singles and len(singles) > 1:
-            raise UserError(f"{path} holds {' and '.join(f.name for f in files) or 'no set of probes'}: give the path of "
-                            f"one {', '.join(SET_FILES)}, .tsv or .parquet")
+        beside = {f.parent for f in [*path.glob("*.json"), *path.glob("*/*.json")] if f.with_suffix(".jpg").is_file()}
+        paired = sorted(file for folder in beside for file in folder.glob("*.json"))
+        single = [path / name for name in SET_FILES if (path / name).is_file()] + sorted(path.glob("*.tsv"))
+        files = paired or single or sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+        if not files or (files == single and len(single) > 1):
+            raise UserError(f"{path} holds {' and '.join(f.name for f in files) or 'no set of probes'}: give the path "
+                            f"of one {', '.join(SET_FILES)}, .tsv or .parquet")
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file or folder; to make a set: python data.py --out DIR")
         if file.suffix not in READERS:
             raise UserError(f"{file}: cannot read this kind of file, only {', '.join(READERS)}")
-        if paired:
-            row = {"image": f"{file.stem}.jpg", "category": file.parent.name, "question_id": file.stem, **read_json(file)}
-            yield f"{file}, row 1", row, file.parent
-        else:
-            yield from ((f"{file}, row {number}", row, file.parent) for number, row in READERS[file.suffix](file))
+        for number, row in [(1, read_json(file))] if paired else READERS[file.suffix](file):
+            if paired:
+                row |= {"image": f"{file.stem}.jpg", "category": file.parent.name, "question_id": file.stem}
+            yield f"{file}, row {number}", row, file.parent
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, object]]:
@@ -492,41 +490,40 @@ def _json_list(file: Path) -> Iterator[tuple[int, object]]:
     return enumerate(rows, 1)
 
 
-def _table(file: Path) -> Iterator[tuple[int, dict]]:
-    """(place from 1 below the header, {column: text}) of a table, one row at a time; its images stay in the file."""
+def _cells(f, place: int = 0) -> Iterator[list[str]]:
+    """The rows of a tab-separated file that is open for reading bytes, from a place on, one at a time."""
     csv.field_size_limit(1 << 30)                           # an image of 8K takes tens of megabytes
-    places: dict[str, int] = {}
+    f.seek(place)
+    return csv.reader((line.decode("utf-8-sig") for line in iter(f.readline, b"")), delimiter="\t", strict=True)
+
+
+def _table(file: Path) -> Iterator[tuple[int, dict]]:
+    """(place from 1 below the header, {column: text}) of a table; its images stay in the file."""
+    def image_at(place: int, column: int) -> bytes:
+        with open(file, "rb") as f:
+            return base64.b64decode(next(_cells(f, place))[column], validate=True)
+
+    number, places = 0, {}
     with open(file, "rb") as f:
-        rows = csv.reader((line.decode("utf-8-sig") for line in iter(f.readline, b"")), delimiter="\t", strict=True)
-        header, number, place = None, 0, 0
         try:
-            for number, cells in enumerate(rows):
-                row = dict(zip(header or cells, cells))
-                if header is not None and len(cells) != len(header):
-                    raise UserError(f"{file}, row {number}: has {len(cells)} columns, the header has {len(header)}")
-                if "image" in row and header:
-                    shared = len(row["image"]) < 64         # no image is so short: the index of the row that has it
-                    places[row.get("index", str(number))] = place
-                    found = places.get(row["image"]) if shared else place
-                    if found is None:
-                        raise UserError(f"{file}, row {number}: the image is missing, the column holds "
-                                        f"{_short(row['image'])}")
-                    if "cycle_category" in row:             # four orders of the options of one question
-                        row["cycle_of"] = hashlib.sha256(f"{row.get('question')} {row['image']}".encode()).hexdigest()
-                    row["image"] = Embedded(f"{file}, row {number}", functools.partial(
-                        _table_image, file, found, header.index("image")))
-                if header:
-                    yield number, row
-                header, place = header or cells, f.tell()
+            rows = _cells(f)
+            header, place = next(rows, []), f.tell()
+            for number, cells in enumerate(rows, 1):
+                row, where = dict(zip(header, cells)), f"{file}, row {number}"
+                if len(cells) != len(header):
+                    raise UserError(f"{where}: has {len(cells)} columns, the header has {len(header)}")
+                if "image" in row:
+                    text, places[row.get("index")] = row["image"], place
+                    found = place if len(text) > 64 else places.get(text)      # a short one: the index of the row that
+                    if found is None:                                          # holds it (VLMEvalKit)
+                        raise UserError(f"{where}: the image is missing, the column holds {_short(text)}")
+                    row["image"] = Embedded(where, functools.partial(image_at, found, header.index("image")))
+                    if "cycle_category" in row:             # HR-Bench asks each question in four orders of its options
+                        row["cycle_of"] = hashlib.sha256(f"{row.get('question')} {text}".encode()).hexdigest()
+                yield number, row
+                place = f.tell()
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file}, row {number + 1}: cannot be read ({error})") from None
-
-
-def _table_image(file: Path, place: int, column: int) -> bytes:
-    with open(file, "rb") as f:
-        f.seek(place)
-        lines = (line.decode("utf-8-sig") for line in iter(f.readline, b""))
-        return base64.b64decode(next(csv.reader(lines, delimiter="\t"))[column], validate=True)
 
 
 def pyarrow():
@@ -540,39 +537,35 @@ def pyarrow():
 
 def _parquet(file: Path) -> Iterator[tuple[int, dict]]:
     """(place from 1, row) of a parquet file; of its images only the first is kept, and stays in the file."""
+    def image_at(group: int, at: int) -> bytes:
+        with arrow.parquet.ParquetFile(file) as table:
+            image, *_ = table.read_row_group(group, ["images"])["images"][at].as_py() or [None]
+        if image is None:
+            raise ValueError("the row has no image")
+        return image["bytes"] if isinstance(image, dict) else image
+
     number, arrow = 0, pyarrow()
     try:
         with arrow.parquet.ParquetFile(file) as table:
+            names = [name for name in table.schema_arrow.names if name != "images"]
             for group in range(table.num_row_groups):
-                names = [name for name in table.schema_arrow.names if name != "images"]
                 for at, row in enumerate(table.read_row_group(group, names).to_pylist()):
                     number += 1
-                    if "images" in table.schema_arrow.names:
-                        read = functools.partial(_parquet_image, file, group, at)
-                        row["images"] = Embedded(f"{file}, row {number}", read)
-                    yield number, row
+                    image = Embedded(f"{file}, row {number}", functools.partial(image_at, group, at))
+                    yield number, {**row, "images": image}
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{file}, row {number + 1}: cannot be read ({_short(str(error))})") from None
 
 
-def _parquet_image(file: Path, group: int, at: int) -> bytes:
-    try:
-        with pyarrow().parquet.ParquetFile(file) as table:
-            images = table.read_row_group(group, ["images"]).slice(at, 1).to_pylist()[0]["images"]
-        return images[0]["bytes"] if isinstance(images[0], dict) else bytes(images[0])
-    except (LookupError, TypeError) as error:
-        raise ValueError("the row has no image") from error
-
-
 READERS = {".jsonl": _json_lines, ".json": _json_list, ".tsv": _table, ".parquet": _parquet}      # file -> rows
 SET_FILES = ("probes.jsonl", "trajectories.jsonl", "val.json", "train.json", "test_questions.jsonl")
-FORMATS = {     # set: its keys of question, answer and image, and one more that tells it apart; a row fits the first best
+FORMATS = {     # set: its keys of question, answer and image, and one more; a row is of the one most of whose keys it has
     "ours": ("question", "answer", "image", "options"),
     "visual_probe": ("problem", "solution", "images", "data_source"),                  # and DeepEyes_train_4K
     "cold_start": ("conversations", "sample_index", "images", "image_names"),
     "vstar": ("text", "label", "image", "question_id"),
     "vstar_folders": ("question", "target_object", "bbox", "options", "question_id"),
-    "hr_bench": ("question", "answer", "image", "A"),                                  # options in columns, any such TSV
+    "hr_bench": ("question", "answer", "image", "A"),                                  # options in columns
     "mme_realworld": ("Text", "Ground truth", "Image", "Answer choices"),
     "mme_realworld_tsv": ("question", "answer", "image", "multi-choice options"),
 }
@@ -580,33 +573,28 @@ FORMATS = {     # set: its keys of question, answer and image, and one more that
 
 def _to_probe(row: dict, folder: Path) -> Probe:
     name = max(FORMATS, key=lambda name: sum(key in row for key in FORMATS[name]))
-    if name == "ours":
-        return _own_row(row, folder)
-    if name == "cold_start":
-        return _cold_start_row(row)
-    if name == "vstar_folders":
-        return _vstar_row(row, folder)
-    asked, gold, shown, _ = FORMATS[name]
-    question, answer = _field(row, asked, str), _field(row, gold, str)
-    image = row[shown] if isinstance(row.get(shown), Embedded) else _find(row, shown, folder)
-    options = None
+    if name in ("ours", "cold_start", "vstar_folders"):
+        return {"ours": _own_row, "cold_start": _cold_start_row, "vstar_folders": _vstar_row}[name](row, folder)
+    asked, gold, shown, extra = FORMATS[name]
+    question, answer, options = _field(row, asked, str), _field(row, gold, str), None
+    images = _field(row, shown, list) if shown == "images" else [_field(row, shown, str, Embedded)]
+    if len(images) != 1 or not isinstance(images[0], (str, Embedded)):
+        raise UserError(f'"images" should be a list of one path, not {_short(images)}')
+    image = images[0] if isinstance(images[0], Embedded) else _find(images[0], folder)
+    meta = {key: value for key, value in row.items() if key == "question_id" or key not in (*FORMATS[name], *"ABCDEF")}
+    source = _field(row, extra, str) if name == "visual_probe" else name.removesuffix("_tsv")
     if name == "vstar":                                     # a question, "(A) ..." on a line each, and an instruction
-        lines = [re.match(r"\(([A-Z])\) (.*)", line) for line in question.split("\n")]
-        options = {line[1]: line[2] for line in lines if line}
-        question = question.split("\n")[0] if options else question
+        options = dict(re.findall(r"^\(([A-Z])\) (.*)$", question, re.MULTILINE)) or None
+        question = question.split("\n(A) ")[0]
     elif name == "hr_bench":
         options = {letter: row[letter] for letter in "ABCDEF" if row.get(letter)} or None
     elif name != "visual_probe":
-        options = _listed(_field(row, FORMATS[name][3], str, list))
-    meta = {key: value for key, value in row.items() if key not in (*FORMATS[name], *"ABCDEF") or key == "question_id"}
-    source = name.removesuffix("_tsv")
-    if name == "visual_probe":
-        source = _field(row, "data_source", str)
-    elif {"category", "Category"} & row.keys():
-        meta["category"] = meta.pop("Category", meta.get("category"))
+        options = _listed(_field(row, extra, str, list))
+    if "Category" in meta:
+        meta["category"] = meta.pop("Category")
     level = source.rpartition("_")[2]                       # visual_probe_hard
-    return Probe(image, question, answer, options, source=source, meta=meta,
-                 difficulty=level if level in DIFFICULTIES else "")
+    return Probe(image, question, answer, options, source=source, difficulty=level if level in DIFFICULTIES else "",
+                 meta=meta)
 
 
 def _own_row(row: dict, folder: Path) -> Probe:
@@ -634,13 +622,12 @@ def _vstar_row(row: dict, folder: Path) -> Probe:
                  "vstar", meta={key: row[key] for key in row if key not in ("image", "question", "options", "bbox")})
 
 
-def _cold_start_row(row: dict) -> Probe:
+def _cold_start_row(row: dict, _folder: Path) -> Probe:
     """The released cold start: a whole search in "conversations", a Python literal. Image names are not used."""
     said = _field(row, "conversations", str, list)
     said = _literal(said) if isinstance(said, str) else said
-    if not isinstance(said, list) or not all(
-            isinstance(part, dict) and isinstance(part.get("from"), str) and isinstance(part.get("value"), str)
-            for part in said):
+    if not isinstance(said, list) or not all(isinstance(part, dict) and isinstance(part.get("from"), str)
+                                             and isinstance(part.get("value"), str) for part in said):
         raise UserError(f'"conversations" should be a list of {{"from": ..., "value": ...}}, not {_short(said)}')
     texts = [part["value"] for part in said if part["from"] == "gpt"]
     roles = [part["from"] for part in said if part["from"] != "system"]
@@ -688,17 +675,13 @@ def _listed(options: str | list) -> dict[str, str]:
     return {option[1]: option[2] for option in marked}
 
 
-def _find(row: dict, key: str, folder: Path) -> str:
+def _find(name: str, folder: Path) -> str:
     """The image of a row. VisualProbe names it from the folder above; a set's folder may have been renamed since."""
-    name = _field(row, key, list) if key == "images" else _field(row, key, str)
-    if key == "images":
-        if len(name) != 1 or not isinstance(name[0], str):
-            raise UserError(f'"images" should be a list of one path, not {_short(name)}')
-        name, = name
-    if (folder.parent / name).is_file() and not (folder / name).is_file():
-        return _image_file(name, folder.parent)
     inside = str(Path(*Path(name).parts[1:]))
-    return _image_file(inside if key == "images" and not (folder / name).is_file() else name, folder)
+    for root, place in ((folder, name), (folder.parent, name), (folder, inside)):
+        if (root / place).is_file():
+            return _image_file(place, root)
+    return _image_file(name, folder)
 
 
 def _check(probe: Probe, unanswered: bool) -> None:
@@ -731,7 +714,8 @@ def _field(row: dict, key: str, *types: type):
         raise UserError(f'"{key}" is missing, the row has {", ".join(row) or "no keys"}')
     if not isinstance(row[key], types):
         names = {str: "text", list: "a list", dict: "an object", type(None): "null"}
-        raise UserError(f'"{key}" should be {" or ".join(names[t] for t in types if t in names)}, not {_short(row[key])}')
+        wanted = " or ".join(names[kind] for kind in types if kind in names)
+        raise UserError(f'"{key}" should be {wanted}, not {_short(row[key])}')
     return row[key]
 
 
@@ -866,6 +850,10 @@ class Trajectory:
     errors: list[str] = field(default_factory=list)       # the code of each failed action
 
 
+def _said(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
 def play(probes: Iterable[Probe], speak: Callable[[list], list], slots: int = 128,
          **env_options) -> Iterator[tuple[int, Trajectory]]:
     """Plays probes turn by turn, `slots` at once, and yields (number, trajectory) as they end, right or wrong.
@@ -890,7 +878,7 @@ def play(probes: Iterable[Probe], speak: Callable[[list], list], slots: int = 12
             else:
                 trajectory.texts.append(text)
                 message, _ = env.step(text)
-                talk += [{"role": "assistant", "content": [{"type": "text", "text": text}]}, message]
+                talk += [_said("assistant", text), message]
             if env.stop is None:
                 going.append((number, env, talk, trajectory))
                 continue
@@ -976,51 +964,46 @@ class Endpoint:
             raise UserError(f"a server is given as http://HOST:PORT/v1, with the key in the environment variable {KEY}")
 
     def __call__(self, messages: list[dict], **options) -> str:
-        key = os.environ.get(KEY, "")
+        key, problem = os.environ.get(KEY, "").strip(), ""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         body = json.dumps({"model": self.model, "messages": [_plain(m) for m in messages], **options}).encode()
-        problem = ""
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
         for attempt in range(self.retries):
             time.sleep(self.backoff * 2 ** (attempt - 1) if attempt else 0)
             try:
-                request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
                 with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as reply:
                     choice = json.loads(reply.read(1 << 24))["choices"][0]
-                text = choice["message"]["content"]
-                if isinstance(text, str):                   # a cut message has no action: void, as in a rollout
-                    return "" if choice.get("finish_reason") == "length" else text
+                if isinstance(choice["message"]["content"], str):       # a cut message is void, as in a rollout
+                    return "" if choice.get("finish_reason") == "length" else choice["message"]["content"]
                 problem = "no text in the reply"
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}, {_short(error.read(500).decode(errors='replace'))}"
-                if error.code in (400, 413, 422):
-                    raise Refusal(self._said(problem, key)) from None
                 if error.code not in TEMPORARY:
                     break
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
-        raise UserError(self._said(problem, key))
-
-    def _said(self, problem: str, key: str) -> str:
-        return f"{self.url}, model {self.model}: " + (problem.replace(key, "***") if key else problem)
+        refused = problem.startswith(("HTTP 400", "HTTP 413", "HTTP 422"))
+        problem = problem.replace(key, "***") if key else problem
+        raise (Refusal if refused else UserError)(f"{self.url}, model {self.model}: {problem}")
 
 
 def _plain(message: dict) -> dict:
     """A chat message as the API takes it: images as data URLs (JPEG, quality 95: a tenth of PNG)."""
-    parts = []
-    for part in message["content"]:
+    def plain(part: dict) -> dict:
         if part["type"] == "text":
-            parts.append(part)
-            continue
+            return part
         buffer = io.BytesIO()
         part["image"].save(buffer, "JPEG", quality=95)
         url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return {"role": message["role"], "content": parts}
+        return {"type": "image_url", "image_url": {"url": url}}
+    return {"role": message["role"], "content": [plain(part) for part in message["content"]]}
 
 
 def speaker(endpoint: Endpoint, **options) -> Callable[[list], list]:
-    """An endpoint for `play`: all conversations at once, each message ended by its action. UserError if it refuses even
-    the first message of a conversation."""
+    """An endpoint for `play`: all conversations at once, each message ended by its action.
+
+    UserError if it refuses even the first message of a conversation.
+    """
     def say(talk: list) -> str | None:
         try:
             text = endpoint(talk, stop=["</grounding>", "</answer>"], **options)
@@ -1041,7 +1024,7 @@ def endpoint_judge(endpoint: Endpoint) -> Callable[[list[str]], list[bool | None
     """A judge behind a server: prompts in, yes or no out; None where it cannot be reached or says neither."""
     def ask(prompt: str) -> bool | None:
         try:
-            said = endpoint([{"role": "user", "content": [{"type": "text", "text": prompt}]}], temperature=0, max_tokens=8)
+            said = endpoint([_said("user", prompt)], temperature=0, max_tokens=8)
         except UserError as error:
             tqdm.write(f"unjudged: {error}", file=sys.stderr)
             return None
@@ -1071,9 +1054,9 @@ def patterns(trajectory: Trajectory) -> list[str]:
     """What a search looks like, by simple signs: each pattern is named at most once, none is certain.
 
     depth first: three looks, each inside the one before. trial and error: two looks in a row at places of the same
-    image that do not overlap. goal maintenance: two thoughts, after the first, that repeat half of the long words of the
-    question. self-reflection: a thought that takes something back. zooming out: a look at an earlier image after a look
-    into a view. crop of a crop: a look into a view.
+    image that do not overlap. goal maintenance: two thoughts, after the first, that repeat half of the long words of
+    the question. self-reflection: a thought that takes something back. zooming out: a look at an earlier image after a
+    look into a view. crop of a crop: a look into a view.
     """
     crops, found = trajectory.crops, []
     pairs = list(zip(crops, crops[1:]))
@@ -1081,13 +1064,14 @@ def patterns(trajectory: Trajectory) -> list[str]:
     for i, crop in enumerate(crops):                        # crops[i] made observation i + 1
         chain = chain + 1 if crop.source == i and i else 1
         longest = max(longest, chain)
-    wanted = {word for word in re.findall(r"\w+", trajectory.probe.question.casefold()) if len(word) > 3}
-    repeated = [len(wanted & set(re.findall(r"\w+", text.casefold()))) * 2 >= len(wanted) for text in trajectory.texts[1:]]
+    asked, *said = (set(re.findall(r"\w{4,}", text.casefold())) for text in (
+        trajectory.probe.question, *trajectory.texts[1:]))
+    repeated = [len(asked & words) * 2 >= len(asked) for words in said]
     apart = [a.source == b.source and (a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1]
                                        or b.box[3] <= a.box[1]) for a, b in pairs]
     signs = {"depth first": longest >= 3, "trial and error": any(apart),
-             "goal maintenance": bool(wanted) and sum(repeated) >= 2,
-             "self-reflection": any(re.search(r"\b(wait|mistake|wrong|instead|not here|a miss|should not)\b", text, re.I)
+             "goal maintenance": bool(asked) and sum(repeated) >= 2,
+             "self-reflection": any(re.search(r"\b(wait|mistake|wrong|instead|not here|should not)\b", text, re.I)
                                     for text in trajectory.texts),
              "zooming out": any(a.source > b.source for a, b in pairs), "crop of a crop": any(c.source for c in crops)}
     return [name for name, seen in signs.items() if seen]
@@ -1097,8 +1081,8 @@ def load_trajectories(path: str | Path, limit: int | None = None,
                       max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[Trajectory]:
     """Reads trajectories.jsonl of `gather`, or the released cold start (parquet: a file, or the folder of its parts).
 
-    Without an answer in the last message, `stop` is "void" or "over_turn". Raises UserError as load_probes does, and for
-    a set that holds questions only.
+    Without an answer in the last message, `stop` is "void" or "over_turn". Raises UserError as load_probes does, and
+    for a set that holds questions only.
     """
     loaded = []
     for number, probe in enumerate(load_probes(path, limit, max_image_pixels, unanswered=True), 1):
@@ -1113,7 +1097,7 @@ def load_trajectories(path: str | Path, limit: int | None = None,
 
 def gather(probes: list[Probe], speak: Callable[[list], list], out: Path, about: dict, *, max_turns: int, slots: int,
            exemplars: Path = EXEMPLARS) -> dict:
-    """Cold start in context (paper, section 3.2): a policy that is shown a few searches plays, and what ends right is kept.
+    """Cold start in context (paper, section 3.2): a policy is shown a few searches, plays, and what ends right is kept.
 
     speak: see `play`. about: what the run depends on; a resumed run has to have the same. Everything played goes to
     out/played.jsonl at once, and a second run goes on from there. At the end: trajectories.jsonl and images/ (ours, for
@@ -1152,36 +1136,32 @@ def gather(probes: list[Probe], speak: Callable[[list], list], out: Path, about:
 
 def _write_trajectories(arrow, kept: list[tuple[Probe, dict]], out: Path) -> list[str]:
     """Writes the searches that were kept in both forms; returns all patterns that were seen in them."""
-    text, index = arrow.string(), arrow.int64()
-    images = arrow.list_(arrow.struct([("bytes", arrow.binary()), ("path", text)]))
-    schema = arrow.schema([("images", images), ("image_names", arrow.list_(text)), ("conversations", text),
-                           ("data_source", text), ("sample_index", index), ("rollout_index", index)])
+    kinds = {"images": arrow.list_(arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})),
+             "image_names": arrow.list_(arrow.string()), "conversations": arrow.string(), "data_source": arrow.string(),
+             "sample_index": arrow.int64(), "rollout_index": arrow.int64()}
+    roles, lines, found = {"system": "system", "user": "human", "assistant": "gpt"}, [], []
     (out / "images").mkdir(exist_ok=True)
-    lines, found = [], []
-    with replacing(out / "coldstart.parquet") as temporary:
-        with arrow.parquet.ParquetWriter(temporary, schema) as writer:
-            for probe, row in kept:
-                script, talk = list(row["texts"]), []
-                env = CropEnv(probe.open(), probe.prompt(), max_turns=len(script))
-                talk = env.reset()
-                for said in script:
-                    talk += [{"role": "assistant", "content": [{"type": "text", "text": said}]}, env.step(said)[0]]
-                found += patterns(Trajectory(probe, script, "answer", 1.0, crops=env.crops))
-                names, encoded = [f"{row['row']:06d}_{i}.png" for i in range(len(env.observations))], []
-                for image in env.observations:
-                    buffer = io.BytesIO()
-                    image.save(buffer, "PNG")
-                    encoded.append(buffer.getvalue())
-                write_atomic(out / "images" / names[0], encoded[0])
-                lines.append(json.dumps({"image": f"images/{names[0]}", **{key: getattr(probe, key) for key in SAVED},
-                                         "texts": script}, default=str) + "\n")
-                roles = {"system": "system", "user": "human", "assistant": "gpt"}
-                said = [{"from": roles[message["role"]], "value": "\n".join(
-                    part.get("text", "<image>") for part in message["content"])} for message in talk[:-1]]
-                writer.write_table(arrow.Table.from_pylist([{
-                    "images": [{"bytes": content, "path": name} for content, name in zip(encoded, names)],
-                    "image_names": names, "conversations": repr(said), "data_source": probe.source,
-                    "sample_index": row["row"], "rollout_index": 0}], schema))
+    with (replacing(out / "coldstart.parquet") as temporary,
+          arrow.parquet.ParquetWriter(temporary, arrow.schema(kinds)) as writer):
+        for probe, row in kept:
+            env = CropEnv(probe.open(), probe.prompt(), max_turns=len(row["texts"]))
+            talk = env.reset()
+            for text in row["texts"]:
+                talk += [_said("assistant", text), env.step(text)[0]]
+            found += patterns(Trajectory(probe, row["texts"], "answer", 1.0, crops=env.crops))
+            encoded = {}
+            for i, image in enumerate(env.observations):
+                image.save(buffer := io.BytesIO(), "PNG")
+                encoded[f"{row['row']:06d}_{i}.png"] = buffer.getvalue()
+            first = next(iter(encoded))
+            write_atomic(out / "images" / first, encoded[first])
+            lines.append(json.dumps({"image": f"images/{first}", **{key: getattr(probe, key) for key in SAVED},
+                                     "texts": row["texts"]}, default=str) + "\n")
+            said = [{"from": roles[message["role"]], "value": "\n".join(
+                part.get("text", "<image>") for part in message["content"])} for message in talk[:-1]]
+            values = ([{"bytes": content, "path": name} for name, content in encoded.items()], list(encoded),
+                      repr(said), probe.source, row["row"], 0)
+            writer.write_table(arrow.Table.from_pylist([dict(zip(kinds, values))], arrow.schema(kinds)))
     write_atomic(out / "trajectories.jsonl", "".join(lines).encode())
     return found
 
@@ -1319,8 +1299,8 @@ def collect_set(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     if bool(cfg.out) + bool(cfg.check) != 1 or (cfg.collect and cfg.check):
-        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set, or --collect PATH with "
-                        "--out DIR")
+        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set, or --collect PATH "
+                        "with --out DIR")
     if cfg.check:
         check_set(cfg.check, cfg.count, cfg.max_image_pixels)
     else:

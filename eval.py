@@ -67,7 +67,7 @@ class Config:
     judge_model: str = ""              # the name of the judge at that server
     endpoint: str = ""                 # a policy behind an OpenAI-compatible server, http://HOST:PORT/v1, not `init`
     model: str = ""                    # its name there
-    max_pixels: tuple[int, ...] = ()   # pixel budgets of a view, one pass each, the first in full; default: the policy's
+    max_pixels: tuple[int, ...] = ()   # pixel budgets of a view, a pass each, the first in full; default: the policy's
     turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve; episodes run to the largest
     trained_limit: int = 6             # marked in the figure
     control: Literal["none", "blind", "overview", "black_crop"] = "none"  # what is hidden from the policy, see above
@@ -118,13 +118,14 @@ class Spoken(Episode):
 
 def spoken(cfg: Config, probes: list[data.Probe], protocol: Protocol, max_turns: int) -> list[Episode]:
     """`cfg.samples` adjacent episodes per probe, as `rollout` gives them, of the policy behind cfg.endpoint."""
-    speak = data.speaker(data.Endpoint(cfg.endpoint, cfg.model), temperature=cfg.temperature, max_tokens=cfg.max_turn_tokens)
+    speak = data.speaker(data.Endpoint(cfg.endpoint, cfg.model), temperature=cfg.temperature,
+                         max_tokens=cfg.max_turn_tokens)
     asked = [probe for probe in probes for _ in range(cfg.samples)]
     played = data.play(asked, speak, cfg.slots, max_turns=max_turns, **dataclasses.asdict(protocol))
     nothing, ended = np.zeros(0), {}
     for number, t in tqdm(played, total=len(asked), desc="episodes", leave=False):
-        ended[number] = Spoken(t.probe, nothing, nothing, nothing, t.crops, len(t.texts), t.stop, t.answer, t.reward, t.errors,
-                               (protocol.min_pixels, protocol.max_pixels), texts=t.texts)
+        ended[number] = Spoken(t.probe, nothing, nothing, nothing, t.crops, len(t.texts), t.stop, t.answer, t.reward,
+                               t.errors, (protocol.min_pixels, protocol.max_pixels), texts=t.texts)
     return [ended[number] for number in range(len(asked))]
 
 
@@ -291,8 +292,9 @@ def page(policy: Policy | None, episodes: list[Episode]) -> str:
 def record(policy: Policy | None, episode: Episode) -> dict:
     """One line of episodes.jsonl; "reward" is null where the judge failed."""
     return {"question": episode.probe.question, "answer": episode.probe.answer, "prediction": episode.answer,
-            "reward": episode.reward if episode.judged else None, "stop": episode.stop, "turns": episode.turns, "errors": episode.errors,
-            "crops": [dataclasses.asdict(crop) for crop in episode.crops], "messages": [text for text, _ in said(policy, episode)],
+            "reward": episode.reward if episode.judged else None, "stop": episode.stop, "turns": episode.turns,
+            "errors": episode.errors, "crops": [dataclasses.asdict(crop) for crop in episode.crops],
+            "messages": [text for text, _ in said(policy, episode)],
             "source": episode.probe.source, "k": episode.probe.meta.get("k"), "seed": episode.probe.meta.get("seed")}
 
 

@@ -129,8 +129,8 @@ Judge = Callable[[list[str]], list[bool | None]]           # prompts -> is it ri
 def base_judge(policy: Policy) -> Judge:
     """The frozen base below the adapters, text only: is yes or no the likelier next token?"""
     if policy.model is policy.base:
-        raise data.UserError("--judge base: asks the model below the adapters, and this policy has none; choose exact or a "
-                             "server's URL")
+        raise data.UserError("--judge base: asks the model below the adapters, and this policy has none; choose exact "
+                             "or a server's URL")
     words = [[policy.encode(word)[0] for word in spelt] for spelt in (("yes", "Yes"), ("no", "No"))]
 
     @torch.no_grad()
@@ -163,8 +163,8 @@ def open_judge(name: str, model: str, policy: Policy | None) -> Judge | None:
 def judge_all(episodes: list[Episode], judge: Judge | None) -> None:
     """Scores open answers that are not literally right by the judge; where it fails, an episode is not `judged`.
 
-    Options are left to exact match, and an answer beyond MAX_ANSWER_CHARS is wrong. A group repeats itself: equal answers
-    to a question are judged once.
+    Options are left to exact match, and an answer beyond MAX_ANSWER_CHARS is wrong. A group repeats itself: equal
+    answers to a question are judged once.
     """
     asked: dict[tuple, list[Episode]] = {}
     for e in episodes:

@@ -9,7 +9,7 @@ is it the one?); then it learns whole searches. Real bases skip the warm-up. Bat
     $ python train_sft.py                      # tiny, from random weights -> runs/sft
     $ python train_sft.py --seed 1 --out runs/sft1
     $ python train_sft.py --resume             # goes on where runs/sft stopped
-    $ python train_sft.py --base DIR --data cold_start                     # imitates searches that were written elsewhere
+    $ python train_sft.py --base DIR --data cold_start        # imitates searches that were written elsewhere
 
 Read next: train_rl.py.
 """
@@ -75,9 +75,9 @@ def load_written(cfg: Config) -> list[data.Trajectory]:
         turns = [len(t.texts) for t in written]
         early = sum(any(data.ends(text) for text in t.texts[:-1]) for t in written)
         print(f"{cfg.data}: {len(written)} trajectories, {sum(turns) / len(turns):.1f} turns; "
-              f"{sum(n > cfg.max_turns for n in turns)} are cut at {cfg.max_turns} turns; {early} end at an earlier message in "
-              f"our environment; {sum(t.answer is None for t in written)} have no answer in their last turn, and are "
-              "trained on as searches that go on")
+              f"{sum(n > cfg.max_turns for n in turns)} are cut at {cfg.max_turns} turns; {early} end at an earlier "
+              f"message in our environment; {sum(t.answer is None for t in written)} have no answer in their last turn, "
+              "and are trained on as searches that go on")
     return written
 
 
@@ -305,8 +305,9 @@ def main(cfg: Config) -> None:
             group["lr"] = learning_rate(cfg, step)
         norm, skipped = update(optimizer, cfg.grad_clip, loss)
 
-        metrics = {"step": step + 1, "phase": "warm-up" if step < cfg.warmup_steps and not written else "search", "loss": loss,
-                   "grad_norm": norm, "skipped": int(skipped), "lr": optimizer.param_groups[0]["lr"],
+        warm_up = step < cfg.warmup_steps and not written
+        metrics = {"step": step + 1, "phase": "warm-up" if warm_up else "search", "loss": loss, "grad_norm": norm,
+                   "skipped": int(skipped), "lr": optimizer.param_groups[0]["lr"],
                    "tokens": denominator, "turns": sum(e.turns for e in episodes) / len(episodes),
                    "time/step": time.time() - began, "time/wait": began - ended, "memory_gb": peak_gb()}
         ended = time.time()

@@ -899,7 +899,8 @@ def test_a_server_that_stumbles_is_asked_again_with_growing_pauses(serve, monkey
     assert pauses == [0, 0.5, 1.0, 2.0, 4.0] and len(server.bodies) == 5
 
 
-@pytest.mark.survives("faults", "a server that is away, slow, broken, or refuses the key", "bounded attempts, then one line; the key is never in it")
+@pytest.mark.survives("faults", "a server that is away, slow, broken, or refuses the key",
+                      "bounded attempts, then one line; the key is never in it")
 @pytest.mark.parametrize("reply, attempts, message", [
     ((500, {"error": "boom"}), 3, "HTTP 500, .*boom"), ((401, {"error": "bad key sk-secret"}), 1, "HTTP 401, .*bad key \\*\\*\\*"),
     ((404, {"error": "no model m"}), 1, "HTTP 404"), ((302, {}), 1, "HTTP 302"), ((200, b"\xff"), 3, "Decode|JSON"),

@@ -566,7 +566,8 @@ def answered(*answers, options=None, gold="red") -> list:
 
 def test_a_judge_sees_open_answers_that_are_not_literally_right_once_each():
     asked = []
-    episodes = [*answered("Red.", "ruby", "blue", "ruby", None, "x" * 2000, "?"), *answered("b", "C", options={"B": "1", "C": "2"}, gold="B")]
+    episodes = [*answered("Red.", "ruby", "blue", "ruby", None, "x" * 2000, "?"),
+                *answered("b", "C", options={"B": "1", "C": "2"}, gold="B")]
     train_rl.judge_all(episodes, lambda prompts: asked.extend(prompts) or [True, False, None])
     assert [e.reward for e in episodes] == [1, 1, 0, 1, 0, 0, 0, 1, 0]
     assert [e.judged for e in episodes] == [True] * 6 + [False, True, True]
