@@ -559,7 +559,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict]]:
 
 READERS = {".jsonl": _json_lines, ".json": _json_list, ".tsv": _table, ".parquet": _parquet}      # file -> rows
 SET_FILES = ("probes.jsonl", "trajectories.jsonl", "val.json", "train.json", "test_questions.jsonl")
-FORMATS = {     # set: its keys of question, answer and image, and one more; a row is of the one most of whose keys it has
+FORMATS = {     # set: its keys of question, answer and image, and one more; a row is of the set it shares most with
     "ours": ("question", "answer", "image", "options"),
     "visual_probe": ("problem", "solution", "images", "data_source"),                  # and DeepEyes_train_4K
     "cold_start": ("conversations", "sample_index", "images", "image_names"),

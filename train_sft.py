@@ -76,8 +76,8 @@ def load_written(cfg: Config) -> list[data.Trajectory]:
         early = sum(any(data.ends(text) for text in t.texts[:-1]) for t in written)
         print(f"{cfg.data}: {len(written)} trajectories, {sum(turns) / len(turns):.1f} turns; "
               f"{sum(n > cfg.max_turns for n in turns)} are cut at {cfg.max_turns} turns; {early} end at an earlier "
-              f"message in our environment; {sum(t.answer is None for t in written)} have no answer in their last turn, "
-              "and are trained on as searches that go on")
+              f"message in our environment; {sum(t.answer is None for t in written)} have no answer in their last "
+              "turn, and are trained on as searches that go on")
     return written
 
 
