@@ -14,26 +14,39 @@ answers), so that knowing the colours of all plates, but not which is which, is 
 
 A scripted searcher, which knows the scene, plays probes through env.CropEnv and leaves the cold-start
 trajectories: depth-first and trial-and-error searches, the goal restated at every look, slips that it notices,
-and an impatience that grows with every miss. Only those that end correct are kept (paper, section 3.2).
+and an impatience that grows with every miss. Only those that end correct are kept (paper, section 3.2). For real
+photographs, `gather` lets any vision-language model play in context, shown the six searches of docs/exemplars.md.
 
     $ python data.py --out probes --count 100                     # draw probes: probes.jsonl, images/, sheet.png
     $ python data.py --out probes --backgrounds ~/photos          # the same, on your own photographs
     $ python data.py --check probes                               # what load_probes makes of a set, any format
+    $ python data.py --collect probes --endpoint URL --model NAME --out cold_start       # any VLM, shown six searches
 
 Read next: model.py.
 """
+import ast
+import base64
+import csv
 import errno
 import fcntl
 import functools
+import hashlib
+import http.client
 import io
 import itertools
 import json
 import math
 import os
 import random
+import re
 import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +56,8 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import MAX_IMAGE_PIXELS, Crop, CropEnv, ImageError, fit_pixels, format_action, grade, load_image
+from env import (MAX_IMAGE_PIXELS, SYSTEM_PROMPT, ActionError, Answer, Crop, CropEnv, ImageError, fit_pixels,
+                 format_action, grade, load_image, parse_action)
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {                       # our own definition: look-alikes, glyph height in cells, background contrast
@@ -88,18 +102,28 @@ def command(main: Callable, config: type, presets: dict | None = None) -> None:
     sys.exit(code)
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """An image inside a table. It is read again whenever it is opened: thousands of photographs fill any memory."""
+    where: str
+    read: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.where
+
+
 @dataclass
 class Probe:
     """One visual-search question.
 
-    image: PIL RGB image, the path of one, or a function that draws it when it is first opened.
+    image: PIL RGB image, the path of one, a place in a table, or a function that draws it when it is first opened.
     question: text without any image placeholder.
     answer: the right answer, or the right letter when `options` is {letter: text}; a list means aliases.
     boxes: gold boxes, xyxy relative to the image (width = height = 1), one per look that the answer needs.
     source: the published row's `data_source`, or the probe kind. meta: whatever else is known (scene, ids).
     max_image_pixels: a larger image file is refused when it is opened.
     """
-    image: Image.Image | str | Callable[[], Image.Image]
+    image: Image.Image | str | Embedded | Callable[[], Image.Image]
     question: str
     answer: str | list[str]
     options: dict[str, str] | None = None
@@ -111,6 +135,8 @@ class Probe:
 
     def open(self) -> Image.Image:
         """The image as upright RGB; ImageError names the file if it cannot be read."""
+        if isinstance(self.image, Embedded):
+            return load_image(self.image.where, self.max_image_pixels, self.image.read)
         if callable(self.image):
             self.image = self.image()
         return self.image if isinstance(self.image, Image.Image) else load_image(self.image, self.max_image_pixels)
@@ -400,44 +426,60 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
         raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
 
 
-def load_probes(path: str | Path, limit: int | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[Probe]:
+def load_probes(path: str | Path, limit: int | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS, *,
+                unanswered: bool = False) -> list[Probe]:
     """Reads a set of probes, or its first `limit` rows. The images stay on disk until they are opened.
 
-    path: one of these files, or the folder that holds it
-        probes.jsonl          ours: one object per line, with "image" (relative to the file), "question", "answer",
-                              and whichever of the other fields of Probe
-        val.json, train.json  VisualProbe: a list of {"images", "problem", "solution", "data_source", ...}, images
-                              named "SET/data/x.jpg", where SET is the folder of the file
-    Raises UserError, naming the file and the row (from 1), for a wrong path, broken JSON, a missing or wrong field,
+    path: a file, or the folder that holds it; FORMATS lists the sets.
+        .jsonl    ours: one object per line, with "image" (relative to the file), "question", "answer", and whichever of
+                  the other fields of Probe; or test_questions.jsonl of V*
+        .json     a list: VisualProbe and DeepEyes_train_4K, val.json or train.json, images named "SET/data/x.jpg",
+                  where SET is the folder of the file; or MME-RealWorld
+        .tsv      HR-Bench, MME-RealWorld(-Lite): a column of base64 images, read when they are opened
+        .parquet  the released cold start, one file or the folder of all parts; its texts are in meta["texts"]
+        a folder with one .json and one .jpg per question, or of such folders: V*, with its boxes. The right option
+                  comes first there, so the order is shuffled, by id
+    unanswered: also rows of a cold start that end without an answer, which is then "".
+    Raises UserError, naming the file and the row (from 1), for a wrong path, a broken row, a missing or wrong field,
     an image that is missing or not under the folder of the set, and a set without rows. No row is ever left out.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: needs at least one row, or None for all of them")
-    file = Path(path)
-    if file.is_dir():
-        found = [file / name for name in ("probes.jsonl", "val.json", "train.json") if (file / name).is_file()]
-        if len(found) != 1:
-            raise UserError(f"{file} holds {' and '.join(f.name for f in found) or 'no set of probes'}: give the "
-                            "path of one probes.jsonl, val.json or train.json")
-        file, = found
-    if not file.is_file():
-        raise UserError(f"{file}: no such file or folder; to make a set: python data.py --out DIR")
-    if file.suffix not in FORMATS:
-        raise UserError(f"{file}: cannot read this kind of file, only {' and '.join(FORMATS)}")
-    read_rows, to_probe = FORMATS[file.suffix]
     probes = []
-    for number, row in itertools.islice(read_rows(file), limit):
+    for where, row, folder in itertools.islice(_rows(Path(path)), limit):
         try:
             if not isinstance(row, dict):
                 raise UserError(f"should be an object {{...}}, not {_short(row)}")
-            probes.append(to_probe(row, file.parent))
+            probes.append(_to_probe(row, folder))
             probes[-1].max_image_pixels = max_image_pixels
-            _check(probes[-1])
+            _check(probes[-1], unanswered)
         except UserError as error:
-            raise UserError(f"{file}, row {number}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
     if not probes:
-        raise UserError(f"{file}: holds no rows")
+        raise UserError(f"{path}: holds no rows")
     return probes
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object, Path]]:
+    """(where it is, for messages; the row; the folder its images are relative to) of every row of a set."""
+    files, paired = [path], []
+    if path.is_dir():
+        beside = {f.parent for f in [*path.glob("*.json"), *path.glob("*/*.json")] if f.with_suffix(".jpg").is_file()}
+        paired = sorted(file for folder in beside for file in folder.glob("*.json"))
+        single = [path / name for name in SET_FILES if (path / name).is_file()] + sorted(path.glob("*.tsv"))
+        files = paired or single or sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+        if not files or (files == single and len(single) > 1):
+            raise UserError(f"{path} holds {' and '.join(f.name for f in files) or 'no set of probes'}: give the path "
+                            f"of one {', '.join(SET_FILES)}, .tsv or .parquet")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file or folder; to make a set: python data.py --out DIR")
+        if file.suffix not in READERS:
+            raise UserError(f"{file}: cannot read this kind of file, only {', '.join(READERS)}")
+        for number, row in [(1, read_json(file))] if paired else READERS[file.suffix](file):
+            if paired:
+                row |= {"image": f"{file.stem}.jpg", "category": file.parent.name, "question_id": file.stem}
+            yield f"{file}, row {number}", row, file.parent
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, object]]:
@@ -455,44 +497,217 @@ def _json_list(file: Path) -> Iterator[tuple[int, object]]:
     return enumerate(rows, 1)
 
 
+def _cells(f, place: int = 0) -> Iterator[list[str]]:
+    """The rows of a tab-separated file that is open for reading bytes, from a place on, one at a time."""
+    csv.field_size_limit(1 << 30)                           # an image of 8K takes tens of megabytes
+    f.seek(place)
+    return csv.reader((line.decode("utf-8-sig") for line in iter(f.readline, b"")), delimiter="\t", strict=True)
+
+
+def _table(file: Path) -> Iterator[tuple[int, dict]]:
+    """(place from 1 below the header, {column: text}) of a table; its images stay in the file."""
+    def image_at(place: int, column: int) -> bytes:
+        with open(file, "rb") as f:
+            return base64.b64decode(next(_cells(f, place))[column], validate=True)
+
+    number, places = 0, {}
+    with open(file, "rb") as f:
+        try:
+            rows = _cells(f)
+            header, place = next(rows, []), f.tell()
+            for number, cells in enumerate(rows, 1):
+                row, where = dict(zip(header, cells)), f"{file}, row {number}"
+                if len(cells) != len(header):
+                    raise UserError(f"{where}: has {len(cells)} columns, the header has {len(header)}")
+                if "image" in row:
+                    text, places[row.get("index")] = row["image"], place
+                    found = place if len(text) > 64 else places.get(text)      # a short one: the index of the row that
+                    if found is None:                                          # holds it (VLMEvalKit)
+                        raise UserError(f"{where}: the image is missing, the column holds {_short(text)}")
+                    row["image"] = Embedded(where, functools.partial(image_at, found, header.index("image")))
+                    if "cycle_category" in row:             # HR-Bench asks each question in four orders of its options
+                        row["cycle_of"] = hashlib.sha256(f"{row.get('question')} {text}".encode()).hexdigest()
+                yield number, row
+                place = f.tell()
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file}, row {number + 1}: cannot be read ({error})") from None
+
+
+def pyarrow():
+    """The library for parquet, which nothing else needs. UserError if it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("parquet files need pyarrow, which is not installed: pip install pyarrow") from None
+    return pyarrow
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, dict]]:
+    """(place from 1, row) of a parquet file; of its images only the first is kept, and stays in the file."""
+    def image_at(group: int, at: int) -> bytes:
+        with arrow.parquet.ParquetFile(file) as table:
+            image, *_ = table.read_row_group(group, ["images"])["images"][at].as_py() or [None]
+        if image is None:
+            raise ValueError("the row has no image")
+        return image["bytes"] if isinstance(image, dict) else image
+
+    number, arrow = 0, pyarrow()
+    try:
+        with arrow.parquet.ParquetFile(file) as table:
+            names = [name for name in table.schema_arrow.names if name != "images"]
+            for group in range(table.num_row_groups):
+                for at, row in enumerate(table.read_row_group(group, names).to_pylist()):
+                    number += 1
+                    image = Embedded(f"{file}, row {number}", functools.partial(image_at, group, at))
+                    yield number, {**row, "images": image}
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}, row {number + 1}: cannot be read ({_short(str(error))})") from None
+
+
+READERS = {".jsonl": _json_lines, ".json": _json_list, ".tsv": _table, ".parquet": _parquet}      # file -> rows
+SET_FILES = ("probes.jsonl", "trajectories.jsonl", "val.json", "train.json", "test_questions.jsonl")
+FORMATS = {     # set: its keys of question, answer and image, and one more; a row is of the set it shares most with
+    "ours": ("question", "answer", "image", "options"),
+    "visual_probe": ("problem", "solution", "images", "data_source"),                  # and DeepEyes_train_4K
+    "cold_start": ("conversations", "sample_index", "images", "image_names"),
+    "vstar": ("text", "label", "image", "question_id"),
+    "vstar_folders": ("question", "target_object", "bbox", "options", "question_id"),
+    "hr_bench": ("question", "answer", "image", "A"),                                  # options in columns
+    "mme_realworld": ("Text", "Ground truth", "Image", "Answer choices"),
+    "mme_realworld_tsv": ("question", "answer", "image", "multi-choice options"),
+}
+
+
+def _to_probe(row: dict, folder: Path) -> Probe:
+    name = max(FORMATS, key=lambda name: sum(key in row for key in FORMATS[name]))
+    if name in ("ours", "cold_start", "vstar_folders"):
+        return {"ours": _own_row, "cold_start": _cold_start_row, "vstar_folders": _vstar_row}[name](row, folder)
+    asked, gold, shown, extra = FORMATS[name]
+    question, answer, options = _field(row, asked, str), _field(row, gold, str), None
+    images = _field(row, shown, list) if shown == "images" else [_field(row, shown, str, Embedded)]
+    if len(images) != 1 or not isinstance(images[0], (str, Embedded)):
+        raise UserError(f'"images" should be a list of one path, not {_short(images)}')
+    image = images[0] if isinstance(images[0], Embedded) else _find(images[0], folder)
+    meta = {key: value for key, value in row.items() if key == "question_id" or key not in (*FORMATS[name], *"ABCDEF")}
+    source = _field(row, extra, str) if name == "visual_probe" else name.removesuffix("_tsv")
+    if name == "vstar":                                     # a question, "(A) ..." on a line each, and an instruction
+        options = dict(re.findall(r"^\(([A-Z])\) (.*)$", question, re.MULTILINE)) or None
+        question = question.split("\n(A) ")[0]
+    elif name == "hr_bench":
+        options = {letter: row[letter] for letter in "ABCDEF" if row.get(letter)} or None
+    elif name != "visual_probe":
+        options = _listed(_field(row, extra, str, list))
+    if "Category" in meta:
+        meta["category"] = meta.pop("Category")
+    level = source.rpartition("_")[2]                       # visual_probe_hard
+    return Probe(image, question, answer, options, source=source, difficulty=level if level in DIFFICULTIES else "",
+                 meta=meta)
+
+
 def _own_row(row: dict, folder: Path) -> Probe:
     fields = {key: _field(row, key, *types) for key, types in SAVED.items() if key in (*row, "question", "answer")}
-    probe = Probe(_image_file(_field(row, "image", str), folder), **fields)
+    image = _field(row, "image", str, Embedded)
+    probe = Probe(image if isinstance(image, Embedded) else _image_file(image, folder), **fields)
     probe.meta = {key: value for key, value in row.items() if key not in ("image", *SAVED)} | _tuples(probe.meta)
     probe.boxes = [_tuples(box) for box in probe.boxes]
     return probe
 
 
-def _visual_probe_row(row: dict, folder: Path) -> Probe:
-    """VisualProbe, the sets of Mini-o3. A set's folder may be renamed: the name in the path is not relied on."""
-    images, source = _field(row, "images", list), _field(row, "data_source", str)
-    if len(images) != 1 or not isinstance(images[0], str):
-        raise UserError(f'"images" should be a list of one path, not {_short(images)}')
-    name, inside = images[0], str(Path(*Path(images[0]).parts[1:]))
-    root, name = (folder.parent, name) if (folder.parent / name).is_file() else (folder, inside)
-    level = source.rpartition("_")[2]                       # visual_probe_hard
-    return Probe(_image_file(name, root), _field(row, "problem", str), _field(row, "solution", str), source=source,
-                 difficulty=level if level in DIFFICULTIES else "",
-                 meta={key: row[key] for key in row if key not in ("images", "problem", "solution", "data_source")})
+def _vstar_row(row: dict, folder: Path) -> Probe:
+    """V* as folders: option 0 is the right one, boxes are x, y, width, height in pixels."""
+    path, listed = _image_file(row["image"], folder), _field(row, "options", list)
+    identity = f"{row['category']}/{row['question_id']}"
+    order = random.Random(f"options/{identity}").sample(range(len(listed)), len(listed))
+    options = {chr(ord("A") + i): listed[j] for i, j in enumerate(order)}
+    (width, height), boxes = load_image(path).size, []
+    for box in _field(row, "bbox", list):
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            raise UserError(f"a box should be [x, y, width, height] in pixels, not {_short(box)}")
+        x, y, w, h = box
+        boxes.append((max(0, x / width), max(0, y / height), min(1, (x + w) / width), min(1, (y + h) / height)))
+    return Probe(path, _field(row, "question", str), chr(ord("A") + order.index(0)) if order else "", options, boxes,
+                 "vstar", meta={key: row[key] for key in row if key not in ("image", "question", "options", "bbox")})
 
 
-FORMATS = {".jsonl": (_json_lines, _own_row), ".json": (_json_list, _visual_probe_row)}    # file -> rows -> probes
+def _cold_start_row(row: dict, _folder: Path) -> Probe:
+    """The released cold start: a whole search in "conversations", a Python literal. Image names are not used."""
+    said = _field(row, "conversations", str, list)
+    said = _literal(said) if isinstance(said, str) else said
+    if not isinstance(said, list) or not all(isinstance(part, dict) and isinstance(part.get("from"), str)
+                                             and isinstance(part.get("value"), str) for part in said):
+        raise UserError(f'"conversations" should be a list of {{"from": ..., "value": ...}}, not {_short(said)}')
+    texts = [part["value"] for part in said if part["from"] == "gpt"]
+    roles = [part["from"] for part in said if part["from"] != "system"]
+    if not texts or roles != ["human", "gpt"] * len(texts):
+        raise UserError(f"human and gpt should take turns, from human to gpt, not {_short(' '.join(roles))}")
+    question = next(part["value"] for part in said if part["from"] == "human")
+    return Probe(_field(row, "images", Embedded), question, final_answer(texts) or "",
+                 source=str(row.get("data_source") or "cold_start"), meta={
+                     "texts": texts, "images": sum(part["value"].count("<image>") for part in said),
+                     **{key: row[key] for key in ("sample_index", "rollout_index") if key in row}})
 
 
-def _check(probe: Probe) -> None:
+def final_answer(texts: list[str]) -> str | None:
+    """The answer in the last message of a search, None if there is none."""
+    try:
+        action = parse_action(texts[-1])
+    except ActionError:
+        return None
+    return action.text if isinstance(action, Answer) else None
+
+
+def ends(text: str) -> bool:
+    """Whether a message ends a search: an answer, or no action."""
+    try:
+        return isinstance(parse_action(text), Answer)
+    except ActionError as error:
+        return error.code == "no_action"
+
+
+def _literal(text: str):
+    """A Python literal in a published file: read, never run."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise UserError(f"not a list: {_short(text)} ({type(error).__name__})") from None
+
+
+def _listed(options: str | list) -> dict[str, str]:
+    """["(A) red", "(B) blue"], or that list as text -> {"A": "red", "B": "blue"}."""
+    listed = _literal(options) if isinstance(options, str) else options
+    marked = [re.match(r"\s*\(?([A-Z])[).:]\s*(.*)", text, re.DOTALL) if isinstance(text, str) else None
+              for text in (listed if isinstance(listed, list) else [None])]
+    if not all(marked) or len({option[1] for option in marked}) < len(marked):
+        raise UserError(f"the options should be a list of (A) ..., (B) ..., not {_short(listed)}")
+    return {option[1]: option[2] for option in marked}
+
+
+def _find(name: str, folder: Path) -> str:
+    """The image of a row. VisualProbe names it from the folder above; a set's folder may have been renamed since."""
+    inside = str(Path(*Path(name).parts[1:]))
+    for root, place in ((folder, name), (folder.parent, name), (folder, inside)):
+        if (root / place).is_file():
+            return _image_file(place, root)
+    return _image_file(name, folder)
+
+
+def _check(probe: Probe, unanswered: bool) -> None:
     """What holds for the probes of every format; takes the image placeholder of published rows out."""
     probe.question = probe.question.replace("<image>", "").strip()        # env.CropEnv puts the image first
     if not probe.question:
         raise UserError("the question is empty")
     answers = [probe.answer] if isinstance(probe.answer, str) else probe.answer
     options = probe.options or {}
+    texts = probe.meta.get("texts", ["a search"])
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"the texts of a trajectory should be a list of text, not {_short(texts)}")
     if not answers or not all(isinstance(text, str) for text in (*answers, *options, *options.values())):
         raise UserError(f"the answer and the options should be text, not {_short([probe.answer, options])}")
     try:
         reachable = all(grade(answer, probe.answer, probe.options) for answer in answers)
     except ValueError as error:                             # not one of the options
         raise UserError(str(error)) from None
-    if not reachable:
+    if not reachable and not (unanswered and probe.answer == "" and "texts" in probe.meta):
         raise UserError(f"no prediction can match the answer {_short(probe.answer)}: it is empty or too long")
     for box in probe.boxes:
         numbers = isinstance(box, tuple) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
@@ -506,7 +721,8 @@ def _field(row: dict, key: str, *types: type):
         raise UserError(f'"{key}" is missing, the row has {", ".join(row) or "no keys"}')
     if not isinstance(row[key], types):
         names = {str: "text", list: "a list", dict: "an object", type(None): "null"}
-        raise UserError(f'"{key}" should be {" or ".join(names[t] for t in types)}, not {_short(row[key])}')
+        wanted = " or ".join(names[kind] for kind in types if kind in names)
+        raise UserError(f'"{key}" should be {wanted}, not {_short(row[key])}')
     return row[key]
 
 
@@ -636,29 +852,54 @@ class Trajectory:
     stop: str
     reward: float
     pattern: str = ""
+    answer: str | None = None
+    crops: list[Crop] = field(default_factory=list)       # the successful ones
+    errors: list[str] = field(default_factory=list)       # the code of each failed action
+
+
+def _said(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def play(probes: Iterable[Probe], speak: Callable[[list], list], slots: int = 128,
+         **env_options) -> Iterator[tuple[int, Trajectory]]:
+    """Plays probes turn by turn, `slots` at once, and yields (number, trajectory) as they end, right or wrong.
+
+    `speak` takes conversations (chat messages) and returns one assistant text for each; None where the conversation
+    has grown too long to go on: over_context. A conversation is the same list at every turn.
+    """
+    waiting, live = enumerate(probes), []
+    while True:
+        for number, probe in itertools.islice(waiting, slots - len(live)):
+            env = CropEnv(probe.open(), probe.prompt(), **env_options)
+            live.append((number, env, env.reset(), Trajectory(probe, [], "", 0.0)))
+        if not live:
+            return
+        said, going = speak([talk for _, _, talk, _ in live]), []
+        if len(said) != len(live):
+            raise ValueError(f"speak returned {len(said)} texts for {len(live)} conversations")
+        for text, (number, env, talk, trajectory) in zip(said, live):
+            message = None
+            if text is None:
+                env.stop = "over_context"
+            else:
+                trajectory.texts.append(text)
+                message, _ = env.step(text)
+                talk += [_said("assistant", text), message]
+            if env.stop is None:
+                going.append((number, env, talk, trajectory))
+                continue
+            trajectory.stop, trajectory.answer = env.stop, env.answer
+            trajectory.crops, trajectory.errors = env.crops, env.errors
+            trajectory.reward = grade(env.answer, trajectory.probe.answer, trajectory.probe.options)
+            yield number, trajectory
+        live = going
 
 
 def collect(probes: list[Probe], speak: Callable[[list], list], **env_options) -> list[Trajectory]:
-    """Plays all probes turn by turn; `speak` takes the conversations (chat messages; None once an episode has
-    ended) and returns one assistant text for each, or anything for None. Returns every trajectory, right or wrong:
-    filter by reward.
-    """
-    envs = [CropEnv(probe.open(), probe.prompt(), **env_options) for probe in probes]
-    talks: list = [env.reset() for env in envs]
-    texts: list[list[str]] = [[] for _ in probes]
-    while any(talk is not None for talk in talks):
-        said = speak(talks)
-        if len(said) != len(talks):
-            raise ValueError(f"speak returned {len(said)} texts for {len(talks)} conversations")
-        for i, text in enumerate(said):
-            if talks[i] is None:
-                continue
-            texts[i].append(text)
-            message, stop = envs[i].step(text)
-            reply = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-            talks[i] = None if stop else [*talks[i], reply, message]
-    return [Trajectory(probe, said, env.stop, grade(env.answer, probe.answer, probe.options))
-            for probe, said, env in zip(probes, texts, envs)]
+    """The trajectories of `play` in the order of the probes, all at once: filter by reward."""
+    played = dict(play(probes, speak, len(probes), **env_options))
+    return [played[number] for number in range(len(probes))]
 
 
 def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impatience: tuple[float, float],
@@ -693,13 +934,260 @@ def describe(trajectory: Trajectory) -> str:
     return "\n".join([*lines, f"  | stop: {trajectory.stop}  reward {trajectory.reward:.0f}"])
 
 
+# ------------------------------------------------------------------------------------------------ a policy elsewhere
+
+KEY = "OPENAI_API_KEY"                 # the environment variable that holds the key of a server, if it needs one
+TEMPORARY = (408, 425, 429, 500, 502, 503, 504)            # HTTP: try again
+
+
+class Refusal(UserError):
+    """A server would not answer this one conversation: mostly, it is too long."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another server."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+@dataclass
+class Endpoint:
+    """A policy behind an OpenAI-compatible server (vLLM, for one): `endpoint(messages)` is its reply.
+
+    url: up to and including /v1. The key is taken from the environment, and is not kept, logged or shown. retries:
+    attempts in all, after pauses of `backoff` seconds, doubled each time. Raises Refusal for a conversation that the
+    server does not take, UserError when it cannot be reached, refuses the key or the model, or fails every time.
+    """
+    url: str
+    model: str
+    timeout: float = 120.0             # seconds
+    retries: int = 5
+    backoff: float = 1.0
+
+    def __post_init__(self):
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise UserError(f"a server is given as http://HOST:PORT/v1, with the key in the environment variable {KEY}")
+
+    def __call__(self, messages: list[dict], **options) -> str:
+        key, problem = os.environ.get(KEY, "").strip(), ""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        body = json.dumps({"model": self.model, "messages": [_plain(m) for m in messages], **options}).encode()
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+        for attempt in range(self.retries):
+            time.sleep(self.backoff * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as reply:
+                    choice = json.loads(reply.read(1 << 24))["choices"][0]
+                if isinstance(choice["message"]["content"], str):       # a cut message is void, as in a rollout
+                    return "" if choice.get("finish_reason") == "length" else choice["message"]["content"]
+                problem = "no text in the reply"
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}, {_short(error.read(500).decode(errors='replace'))}"
+                if error.code not in TEMPORARY:
+                    break
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+        refused = problem.startswith(("HTTP 400", "HTTP 413", "HTTP 422"))
+        problem = problem.replace(key, "***") if key else problem
+        raise (Refusal if refused else UserError)(f"{self.url}, model {self.model}: {problem}")
+
+
+def _plain(message: dict) -> dict:
+    """A chat message as the API takes it: images as data URLs (JPEG, quality 95: a tenth of PNG)."""
+    def plain(part: dict) -> dict:
+        if part["type"] == "text":
+            return part
+        buffer = io.BytesIO()
+        part["image"].save(buffer, "JPEG", quality=95)
+        url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return {"type": "image_url", "image_url": {"url": url}}
+    return {"role": message["role"], "content": [plain(part) for part in message["content"]]}
+
+
+def speaker(endpoint: Endpoint, **options) -> Callable[[list], list]:
+    """An endpoint for `play`: all conversations at once, each message ended by its action.
+
+    UserError if it refuses even the first message of a conversation.
+    """
+    def say(talk: list) -> str | None:
+        try:
+            text = endpoint(talk, stop=["</grounding>", "</answer>"], **options)
+        except Refusal:
+            if len(talk) <= 2:
+                raise
+            return None
+        open_tags = [tag for tag in ("grounding", "answer") if text.count(f"<{tag}>") > text.count(f"</{tag}>")]
+        return text + "".join(f"</{tag}>" for tag in open_tags[:1])         # servers leave the stop string out
+
+    def speak(talks: list) -> list:
+        with ThreadPoolExecutor(len(talks)) as threads:
+            return list(threads.map(say, talks))
+    return speak
+
+
+def endpoint_judge(endpoint: Endpoint) -> Callable[[list[str]], list[bool | None]]:
+    """A judge behind a server: prompts in, yes or no out; None where it cannot be reached or says neither."""
+    def ask(prompt: str) -> bool | None:
+        try:
+            said = endpoint([_said("user", prompt)], temperature=0, max_tokens=8)
+        except UserError as error:
+            tqdm.write(f"unjudged: {error}", file=sys.stderr)
+            return None
+        return {"yes": True, "no": False}.get(said.strip().rstrip(".").casefold())
+
+    def judge(prompts: list[str]) -> list[bool | None]:
+        with ThreadPoolExecutor(16) as threads:
+            return list(threads.map(ask, prompts))
+    return judge
+
+
+# ------------------------------------------------------------------------------------------------ cold start in context
+
+EXEMPLARS = Path(__file__).parent / "docs" / "exemplars.md"
+
+
+def few_shot_prompt(file: Path = EXEMPLARS) -> str:
+    """The system prompt, and after it the written searches of a file of "## NAME", User: and Assistant: lines."""
+    shown = _text_of(file).partition("\n## ")[2]
+    if not shown:
+        raise UserError(f"{file}: holds no search; one begins with a line ## NAME")
+    return (f"{SYSTEM_PROMPT}\nSome searches as they should go; what a view shows stands in brackets there, "
+            f"you are given the image itself.\n\n## {shown}")
+
+
+def patterns(trajectory: Trajectory) -> list[str]:
+    """What a search looks like, by simple signs: each pattern is named at most once, none is certain.
+
+    depth first: three looks, each inside the one before. trial and error: two looks in a row at places of the same
+    image that do not overlap. goal maintenance: two thoughts, after the first, that repeat half of the long words of
+    the question. self-reflection: a thought that takes something back. zooming out: a look at an earlier image after a
+    look into a view. crop of a crop: a look into a view.
+    """
+    crops, found = trajectory.crops, []
+    pairs = list(zip(crops, crops[1:]))
+    chain = longest = 1
+    for i, crop in enumerate(crops):                        # crops[i] made observation i + 1
+        chain = chain + 1 if crop.source == i and i else 1
+        longest = max(longest, chain)
+    asked, *said = (set(re.findall(r"\w{4,}", text.casefold())) for text in (
+        trajectory.probe.question, *trajectory.texts[1:]))
+    repeated = [len(asked & words) * 2 >= len(asked) for words in said]
+    apart = [a.source == b.source and (a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1]
+                                       or b.box[3] <= a.box[1]) for a, b in pairs]
+    signs = {"depth first": longest >= 3, "trial and error": any(apart),
+             "goal maintenance": bool(asked) and sum(repeated) >= 2,
+             "self-reflection": any(re.search(r"\b(wait|mistake|wrong|instead|not here|should not)\b", text, re.I)
+                                    for text in trajectory.texts),
+             "zooming out": any(a.source > b.source for a, b in pairs), "crop of a crop": any(c.source for c in crops)}
+    return [name for name, seen in signs.items() if seen]
+
+
+def load_trajectories(path: str | Path, limit: int | None = None,
+                      max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[Trajectory]:
+    """Reads trajectories.jsonl of `gather`, or the released cold start (parquet: a file, or the folder of its parts).
+
+    Without an answer in the last message, `stop` is "void" or "over_turn". Raises UserError as load_probes does, and
+    for a set that holds questions only.
+    """
+    loaded = []
+    for number, probe in enumerate(load_probes(path, limit, max_image_pixels, unanswered=True), 1):
+        if "texts" not in probe.meta:
+            raise UserError(f"{path}: row {number} holds a question and no search")
+        texts = probe.meta.pop("texts")
+        answer, ended = final_answer(texts), ends(texts[-1])
+        loaded.append(Trajectory(probe, texts, "answer" if answer else "void" if ended else "over_turn",
+                                 grade(answer, probe.answer, probe.options) if answer else 0.0, answer=answer))
+    return loaded
+
+
+def gather(probes: list[Probe], speak: Callable[[list], list], out: Path, about: dict, *, max_turns: int, slots: int,
+           exemplars: Path = EXEMPLARS) -> dict:
+    """Cold start in context (paper, section 3.2): a policy is shown a few searches, plays, and what ends right is kept.
+
+    speak: see `play`. about: what the run depends on; a resumed run has to have the same. Everything played goes to
+    out/played.jsonl at once, and a second run goes on from there. At the end: trajectories.jsonl and images/ (ours, for
+    train_sft.py --data) and coldstart.parquet (the released schema). Returns the report, also in report.json.
+    """
+    arrow = pyarrow()                                       # better missed now than at the end
+    lock(out)
+    file, header = out / "played.jsonl", json.dumps({"about": about})
+    lines = _text_of(file).split("\n")[:-1] if file.exists() else []            # without a line that was cut
+    if lines and lines[0] != header:
+        raise UserError(f"{file} was started with {_short(lines[0])}, not {_short(header)}: give another --out")
+    write_atomic(file, "".join(f"{line}\n" for line in lines or [header]).encode())
+    rows = [_json(line, str(file)) for line in lines[1:]]
+    done = {row["row"] for row in rows}
+    left = [number for number in range(len(probes)) if number not in done]
+    bar = tqdm(total=len(probes), initial=len(done), desc="collect")
+    with open(file, "a", encoding="utf-8") as log:
+        for at, t in play((probes[n] for n in left), speak, slots, max_turns=max_turns,
+                          system_prompt=few_shot_prompt(exemplars)):
+            outcome = "kept" if t.reward else "wrong" if t.stop == "answer" else t.stop
+            rows.append({"row": left[at], "outcome": outcome, "answer": t.answer, "texts": t.texts})
+            log.write(json.dumps(rows[-1]) + "\n")
+            log.flush()
+            bar.update()
+            bar.set_postfix(kept=sum(row["outcome"] == "kept" for row in rows))
+    bar.close()
+    kept = sorted((row for row in rows if row["outcome"] == "kept"), key=lambda row: row["row"])
+    found = _write_trajectories(arrow, [(probes[row["row"]], row) for row in kept], out)
+    report = {**about, "played": len(rows), "acceptance": len(kept) / max(1, len(rows)),
+              "outcomes": dict(Counter(row["outcome"] for row in rows).most_common()),
+              "turns": dict(sorted(Counter(len(row["texts"]) for row in kept).items())),
+              "patterns": dict(Counter(found).most_common())}
+    write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
+    return report
+
+
+def _write_trajectories(arrow, kept: list[tuple[Probe, dict]], out: Path) -> list[str]:
+    """Writes the searches that were kept in both forms; returns all patterns that were seen in them."""
+    kinds = {"images": arrow.list_(arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})),
+             "image_names": arrow.list_(arrow.string()), "conversations": arrow.string(), "data_source": arrow.string(),
+             "sample_index": arrow.int64(), "rollout_index": arrow.int64()}
+    roles, lines, found = {"system": "system", "user": "human", "assistant": "gpt"}, [], []
+    (out / "images").mkdir(exist_ok=True)
+    with (replacing(out / "coldstart.parquet") as temporary,
+          arrow.parquet.ParquetWriter(temporary, arrow.schema(kinds)) as writer):
+        for probe, row in kept:
+            env = CropEnv(probe.open(), probe.prompt(), max_turns=len(row["texts"]))
+            talk = env.reset()
+            for text in row["texts"]:
+                talk += [_said("assistant", text), env.step(text)[0]]
+            found += patterns(Trajectory(probe, row["texts"], "answer", 1.0, crops=env.crops))
+            encoded = {}
+            for i, image in enumerate(env.observations):
+                image.save(buffer := io.BytesIO(), "PNG")
+                encoded[f"{row['row']:06d}_{i}.png"] = buffer.getvalue()
+            first = next(iter(encoded))
+            write_atomic(out / "images" / first, encoded[first])
+            lines.append(json.dumps({"image": f"images/{first}", **{key: getattr(probe, key) for key in SAVED},
+                                     "texts": row["texts"]}, default=str) + "\n")
+            said = [{"from": roles[message["role"]], "value": "\n".join(
+                part.get("text", "<image>") for part in message["content"])} for message in talk[:-1]]
+            values = ([{"bytes": content, "path": name} for name, content in encoded.items()], list(encoded),
+                      repr(said), probe.source, row["row"], 0)
+            writer.write_table(arrow.Table.from_pylist([dict(zip(kinds, values))], arrow.schema(kinds)))
+    write_atomic(out / "trajectories.jsonl", "".join(lines).encode())
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 @dataclass(frozen=True)
 class Config:
     out: Path | None = None            # draw probes into this new folder: probes.jsonl, images/, sheet.png
     check: Path | None = None          # or read a set, each image too, and say what is in it
-    count: int = 100                   # probes
+    collect: Path | None = None        # or let a policy at `endpoint` search this set, shown exemplars, into `out`
+    count: int | None = None           # probes to draw (default: 100), or rows of a set (default: all)
+    endpoint: str = ""                 # OpenAI-compatible server, http://HOST:PORT/v1; its key in OPENAI_API_KEY
+    model: str = ""                    # its name there
+    max_turns: int = 12                # assistant messages per search
+    max_turn_tokens: int = 1024        # tokens per message
+    temperature: float = 1.0
+    slots: int = 16                    # searches at once
+    exemplars: Path = EXEMPLARS        # the searches that the policy is shown
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
@@ -741,13 +1229,14 @@ def photos_in(folder: Path) -> list[str]:
 
 def draw_set(cfg: Config) -> None:
     """Draws a set of probes into cfg.out, and prints how one of them is searched."""
+    count = 100 if cfg.count is None else cfg.count
     unknown = [*(set(cfg.kinds) - set(PROBE_KINDS)), *(set(cfg.difficulties) - set(DIFFICULTIES))]
     largest = max((k for name in cfg.difficulties if name in DIFFICULTIES for k in DIFFICULTIES[name][0]), default=0)
     if unknown or not largest or not cfg.kinds:
         raise UserError(f"kinds are {', '.join(PROBE_KINDS)}; difficulties are {', '.join(DIFFICULTIES)}; "
                         f"not {', '.join(unknown) or 'none'}")
     smallest = math.isqrt(largest - 1) + 1
-    if not smallest <= cfg.grid <= 26 or cfg.cell < 16 or cfg.count < 1:          # 26: columns are named a to z
+    if not smallest <= cfg.grid <= 26 or cfg.cell < 16 or count < 1:          # 26: columns are named a to z
         raise UserError(f"needs a grid of {smallest} to 26 cells ({largest} plates), cells of 16 pixels or more, "
                         "and a count of 1 or more")
     photos = photos_in(cfg.backgrounds) if cfg.backgrounds else None
@@ -755,7 +1244,7 @@ def draw_set(cfg: Config) -> None:
     shown: list[Probe] = []                               # only these stay in memory
 
     def drawn() -> Iterator[Probe]:
-        for probe in tqdm(itertools.islice(stream, cfg.count), total=cfg.count, desc="probes"):
+        for probe in tqdm(itertools.islice(stream, count), total=count, desc="probes"):
             if sum(p.source == probe.source for p in shown) < 3:
                 shown.append(probe)
             yield probe
@@ -767,26 +1256,62 @@ def draw_set(cfg: Config) -> None:
     example = min(shown, key=lambda probe: probe.meta["k"])
     script = search_script(example, random.Random(cfg.seed), pattern="trial_and_error")
     print(describe(*collect([example], lambda _: [script.pop(0)], max_turns=len(script))))
-    print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
+    print(f"{count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
 
 
-def check_set(path: Path, max_image_pixels: int) -> None:
+def check_set(path: Path, limit: int | None, max_image_pixels: int) -> None:
     """Prints what load_probes makes of a set, and opens every image."""
-    probes = load_probes(path, max_image_pixels=max_image_pixels)
-    sizes = Counter("{} x {}".format(*probe.open().size) for probe in tqdm(probes, desc="images"))
-    counts = {"sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
-              "answers": Counter(str(p.answer) for p in probes), "image sizes": sizes}
+    probes = load_probes(path, limit, max_image_pixels, unanswered=True)
+    images = (probe.open().size for probe in tqdm(probes, desc="images"))
+    sizes = dict(enumerate(images))                                   # width, height
+    sides = [math.sqrt((x1 - x0) * w * (y1 - y0) * h) for probe, (w, h) in zip(probes, sizes.values())
+             for x0, y0, x1, y1 in probe.boxes]
+    searches = [probe.meta["texts"] for probe in probes if "texts" in probe.meta]
+    counts = {
+        "sources": Counter(p.source for p in probes), "difficulties": Counter(p.difficulty for p in probes),
+        "categories": Counter(str(p.meta.get("category", "")) for p in probes),
+        "options": Counter(len(p.options or ()) for p in probes), "answers": Counter(str(p.answer) for p in probes),
+        "image sizes": Counter(f"{w} x {h}" for w, h in sizes.values()),
+        "turns": Counter(len(texts) for texts in searches)}
     print(f"{path}: {len(probes)} rows")
     for name, counter in counts.items():
         most = ", ".join(f"{value or '(none)'} {count}" for value, count in counter.most_common(10))
-        print(f"{name:14s}{most}{f', and {len(counter) - 10} more' if len(counter) > 10 else ''}")
+        if set(counter) - {""}:
+            print(f"{name:14s}{most}{f', and {len(counter) - 10} more' if len(counter) > 10 else ''}")
+    if sides:
+        sides.sort()
+        print(f"{'target sizes':14s}{sides[0]:.0f} to {sides[-1]:.0f} pixels, median {sides[len(sides) // 2]:.0f} "
+              f"({len(sides)} boxes, side of the square of the same area)")
+    if searches:
+        print(f"{'no answer':14s}{sum(final_answer(texts) is None for texts in searches)} rows, in their last turn")
     print(f"{'example':14s}{probes[0].image}\n  | {probes[0].prompt()}  (answer: {probes[0].answer})")
 
 
+def collect_set(cfg: Config) -> None:
+    """Cold start in context: see gather."""
+    if not (cfg.out and cfg.endpoint and cfg.model):
+        raise UserError("--collect PROBES needs --endpoint URL, --model NAME and --out DIR")
+    if cfg.max_turns < 1 or cfg.slots < 1:
+        raise UserError("--max_turns and --slots start at 1")
+    probes = load_probes(cfg.collect, cfg.count, cfg.max_image_pixels)
+    speak = speaker(Endpoint(cfg.endpoint, cfg.model), temperature=cfg.temperature, max_tokens=cfg.max_turn_tokens)
+    about = {"probes": str(cfg.collect), "rows": len(probes), "model": cfg.model, "max_turns": cfg.max_turns,
+             "temperature": cfg.temperature, "exemplars": str(cfg.exemplars)}
+    report = gather(probes, speak, cfg.out, about, max_turns=cfg.max_turns, slots=cfg.slots, exemplars=cfg.exemplars)
+    for name, value in report.items():
+        shown = ", ".join(f"{key}: {count}" for key, count in value.items()) if isinstance(value, dict) else value
+        print(f"{name:14s}{shown}")
+    print(f"saved in {cfg.out}; next: python train_sft.py --data {cfg.out}")
+
+
 def main(cfg: Config) -> None:
-    if (cfg.out is None) == (cfg.check is None):
-        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set")
-    draw_set(cfg) if cfg.out else check_set(cfg.check, cfg.max_image_pixels)
+    if bool(cfg.out) + bool(cfg.check) != 1 or (cfg.collect and cfg.check):
+        raise UserError("give either --out DIR, to draw probes, or --check PATH, to look at a set, or --collect PATH "
+                        "with --out DIR")
+    if cfg.check:
+        check_set(cfg.check, cfg.count, cfg.max_image_pixels)
+    else:
+        collect_set(cfg) if cfg.collect else draw_set(cfg)
 
 
 if __name__ == "__main__":

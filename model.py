@@ -418,6 +418,22 @@ def policy_flags(cfg) -> dict:
     return {field.name: getattr(cfg, field.name) for field in fields(LoraFlags) if hasattr(cfg, field.name)}
 
 
+def worded(protocol: Protocol, *, system_prompt: Path | None = None, observation_prompt: Path | None = None,
+           min_pixels: int | None = None, max_pixels: int | None = None) -> Protocol:
+    """The protocol with another wording, from files, and other view sizes, where they are given. Raises UserError."""
+    wanted = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    for flag, file in {"system_prompt": system_prompt, "observation_prompt": observation_prompt}.items():
+        try:
+            wanted[flag] = file and Path(file).read_text("utf-8-sig").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise data.UserError(f"--{flag}: {file} cannot be read as UTF-8 text ({reason(error)})") from None
+    protocol = replace(protocol, **{key: value for key, value in wanted.items() if value is not None})
+    if not 1 <= protocol.min_pixels <= protocol.max_pixels:
+        raise data.UserError(f"views of {protocol.min_pixels} to {protocol.max_pixels} pixels: "
+                             "--min_pixels starts at 1 and is no larger than --max_pixels")
+    return protocol
+
+
 def load_policy(name: str, *, adapter: str | None = None, quantize: str | None = None, lora_rank: int | None = None,
                 lora_alpha: int | None = None, lora_dropout: float = 0.0, lora_targets: str = LORA_TARGETS,
                 system_prompt: Path | None = None, observation_prompt: Path | None = None,
@@ -502,16 +518,8 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
             model = peft.get_peft_model(model, config)
         except ValueError as error:
             raise data.UserError(f"--lora_targets {lora_targets}: {reason(error)}") from error
-    wanted = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    for flag, file in {"system_prompt": system_prompt, "observation_prompt": observation_prompt}.items():
-        try:
-            wanted[flag] = file and Path(file).read_text("utf-8-sig").removesuffix("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise data.UserError(f"--{flag}: {file} cannot be read as UTF-8 text ({reason(error)})") from None
-    protocol = replace(protocol, **{key: value for key, value in wanted.items() if value is not None})
-    if not 1 <= protocol.min_pixels <= protocol.max_pixels:
-        raise data.UserError(f"views of {protocol.min_pixels} to {protocol.max_pixels} pixels: "
-                             "--min_pixels starts at 1 and is no larger than --max_pixels")
+    protocol = worded(protocol, system_prompt=system_prompt, observation_prompt=observation_prompt,
+                      min_pixels=min_pixels, max_pixels=max_pixels)
     policy = Policy(model, tokenizer, processor, protocol, name)
     if tokenizer.chat_template and not same_layout(policy):
         warnings.warn(f"{name}: its chat template lays tokens out in another way than we do; it may do badly")

@@ -58,6 +58,7 @@ class Episode:
     errors: list[str] = field(default_factory=list)
     view_pixels: tuple[int, int] = (40_000, 2_000_000)     # min_pixels, max_pixels of the views
     features: list | None = None       # per view what a frozen tower made of it (Policy.image_features), on the CPU
+    judged: bool = True                                    # False: the judge failed, and the reward means nothing
 
     @property
     def over_turn(self) -> bool:
@@ -398,6 +399,37 @@ def messages(policy: Policy, episode: Episode) -> list[str]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], episode.assistant_mask.astype(np.int8), [0]])))
     return [policy.decode(episode.token_ids[start:stop]).removesuffix("<|im_end|>")
             for start, stop in zip(edges[::2], edges[1::2])]
+
+
+class Turn:
+    """A world of one message, after which it ends: what goes before is given."""
+    turn, max_turns, answer, crops, errors = 1, 1, None, (), ()
+
+    def __init__(self, talk: list[dict]):
+        self.talk = talk
+
+    def reset(self) -> list[dict]:
+        return self.talk
+
+    def step(self, _text: str) -> tuple[None, str]:
+        return None, "answer"
+
+
+def speaker(policy: Policy, **options) -> Callable[[list], list]:
+    """A policy as a callable for data.play and data.gather: conversations in, texts out. Options as of `rollout`.
+
+    A conversation is read anew at every turn. A message that is cut comes out empty; one that is too long, as None.
+    """
+    def speak(talks: list) -> list:
+        blank = Image.new("RGB", (1, 1))
+        too_long = options.get("max_context", 32_768)
+        fit = [len(policy.render(talk)[0]) <= too_long for talk in talks]
+        asked = [data.Probe(blank, str(i), "") for i, fits in enumerate(fit) if fits]
+        episodes = rollout(policy, asked, make_env=lambda _image, i, *_: Turn(talks[int(i)]),
+                           **{**options, "seed": f"{options.get('seed', 0)}/{len(talks)}/{sum(map(len, talks))}"})
+        said = iter("" if e.stop == "void" else messages(policy, e)[-1] for e in episodes)
+        return [next(said) if fits else None for fits in fit]
+    return speak
 
 
 def describe(policy: Policy, episode: Episode) -> str:

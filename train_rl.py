@@ -10,11 +10,14 @@ punishment would teach to guess before the limit. (4) is the idea of the paper; 
     $ python train_rl.py                                   # runs/sft -> runs/rl
     $ python train_rl.py --over_turn zero_reward --out runs/rl_zero      # the ablation: running out of turns is failure
     $ python train_rl.py qwen7b --steps 100                # a preset for a real base; see PRESETS
+    $ python train_rl.py --data VisualProbe_train --judge base           # a published set; the base judges open answers
 
 Read next: eval.py.
 """
+import itertools
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from env import ERROR_CODES, STOPS
-from model import add_gradients, memory_advice, micro_batches, token_logprobs
+from env import ERROR_CODES, MAX_ANSWER_CHARS, MAX_IMAGE_PIXELS, STOPS, judge_prompt
+from model import Policy, add_gradients, memory_advice, micro_batches, sampled_logprobs, token_logprobs
 from rollout import Episode, describe, rollout
 from train_sft import (TrainFlags, go_on, load_run, load_trainable, log, open_run, peak_gb, report_skipped, save_run,
                        stop_on_signal, update)
@@ -50,6 +53,10 @@ class Config(TrainFlags):
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
+    data: tuple[Path, ...] = ()        # sets of questions, such as VisualProbe_train; default: fresh probes
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file of `data` is refused
+    judge: str = "exact"               # of open answers: exact, base (the model below the adapters), or a server's URL
+    judge_model: str = ""              # the name of the judge at that server
     max_turns: int = 6                 # assistant messages per rollout: 5 crops and an answer
     max_images: int = 12               # images per rollout, the original included
     max_context: int = 8192            # tokens per rollout before its last turn
@@ -114,12 +121,71 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, assistant_mask
     return -per_row.sum() / denominator
 
 
+# ------------------------------------------------------------------------------------------------ the judge
+
+Judge = Callable[[list[str]], list[bool | None]]           # prompts -> is it right? None: the judge failed
+
+
+def base_judge(policy: Policy) -> Judge:
+    """The frozen base below the adapters, text only: is yes or no the likelier next token?"""
+    if policy.model is policy.base:
+        raise data.UserError("--judge base: asks the model below the adapters, and this policy has none; choose exact "
+                             "or a server's URL")
+    words = [[policy.encode(word)[0] for word in spelt] for spelt in (("yes", "Yes"), ("no", "No"))]
+
+    @torch.no_grad()
+    def ask(prompt: str) -> bool | None:
+        ids, _ = policy.render([{"role": "user", "content": [{"type": "text", "text": prompt}]}])
+        row = torch.tensor([ids], device=policy.device)                              # (1, T)
+        positions = torch.arange(len(ids), device=policy.device).expand(3, 1, -1)    # (3, 1, T)
+        with policy.model.disable_adapter():
+            hidden = policy.base.model(input_ids=row, position_ids=positions, use_cache=False).last_hidden_state
+            logp = sampled_logprobs(policy, hidden[0, -1])                           # (V,)
+        yes, no = (logp[spelt].logsumexp(0) for spelt in words)
+        return bool(yes > no) if torch.isfinite(yes - no) else None
+    return lambda prompts: [ask(prompt) for prompt in prompts]
+
+
+def open_judge(name: str, model: str, policy: Policy | None) -> Judge | None:
+    """--judge as a function, None for exact. UserError for a judge that cannot be asked."""
+    if name == "exact":
+        return None
+    if name == "base":
+        if policy is None:
+            raise data.UserError("--judge base: needs the policy here, not behind a server")
+        return base_judge(policy)
+    judge = data.endpoint_judge(data.Endpoint(name, model))
+    if judge([judge_prompt("What color?", "red", "red")]) == [None]:
+        raise data.UserError(f"--judge {name}: --judge_model {model or '(not given)'} does not say yes or no")
+    return judge
+
+
+def judge_all(episodes: list[Episode], judge: Judge | None) -> None:
+    """Scores open answers that are not literally right by the judge; where it fails, an episode is not `judged`.
+
+    Options are left to exact match, and an answer beyond MAX_ANSWER_CHARS is wrong. A group repeats itself: equal
+    answers to a question are judged once.
+    """
+    asked: dict[tuple, list[Episode]] = {}
+    for e in episodes:
+        if judge and e.stop == "answer" and not (e.reward or e.probe.options or len(e.answer) > MAX_ANSWER_CHARS):
+            asked.setdefault((id(e.probe), e.answer), []).append(e)
+    prompts = [judge_prompt(e.probe.question, e.probe.answer, e.answer) for e, *_ in asked.values()]
+    for verdict, same in zip(judge(prompts) if prompts else [], asked.values()):
+        for e in same:
+            e.reward, e.judged = float(bool(verdict)), verdict is not None
+
+
 # ------------------------------------------------------------------------------------------------ one step's rollouts
 
-def gather_groups(cfg: Config, policy, step: int) -> tuple[list[list[Episode]], list[list[Episode]]]:
-    """(groups with spread, at most Q; every group that was rolled out). Groups of equal rewards are replaced."""
+def gather_groups(cfg: Config, policy, step: int, published: Sequence[data.Probe] = (),
+                  judge: Judge | None = None) -> tuple[list[list[Episode]], list[list[Episode]]]:
+    """(groups with spread, at most Q; every group that was rolled out). Groups of equal rewards are replaced, and those
+    of which the judge left an answer open."""
     rng = random.Random(f"rl/{cfg.seed}/{step}")
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+    if published:
+        probes = itertools.cycle(rng.sample(published, len(published)))
     kept, rolled = [], []
     for _ in range(cfg.max_rounds):
         asked = [next(probes) for _ in range(cfg.questions - len(kept))]
@@ -127,9 +193,10 @@ def gather_groups(cfg: Config, policy, step: int) -> tuple[list[list[Episode]], 
                            max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
                            temperature=cfg.temperature, seed=rng.getrandbits(48), slots=cfg.slots,
                            keep_features=not cfg.train_vision)
+        judge_all(episodes, judge)
         groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
         rolled += groups
-        kept += [group for group in groups if len({episode.reward for episode in group}) > 1]
+        kept += [g for g in groups if len({e.reward for e in g}) > 1 and all(e.judged for e in g)]
         if len(kept) == cfg.questions:
             break
     return kept, rolled
@@ -143,6 +210,7 @@ def padded(episodes: list[Episode], values: str, device) -> Tensor:
 
 @memory_advice("--micro_tokens", "--slots", "--max_context")
 def main(cfg: Config) -> None:
+    published = [probe for path in cfg.data for probe in data.load_probes(path, None, cfg.max_image_pixels)]
     torch.manual_seed(cfg.seed)
     try:
         policy, optimizer = load_trainable(str(cfg.init), cfg, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
@@ -150,12 +218,13 @@ def main(cfg: Config) -> None:
         if cfg.init.exists() or ":" in str(cfg.init):
             raise
         raise data.UserError(f"--init: {error}; or train one first: python train_sft.py --out {cfg.init}") from None
+    judge = open_judge(cfg.judge, cfg.judge_model, policy)
     open_run(cfg, cfg.resume, policy.name)
     start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
     stop = stop_on_signal()
     for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="GRPO"):
         began = time.time()
-        groups, rolled = gather_groups(cfg, policy, step)                            # roll out
+        groups, rolled = gather_groups(cfg, policy, step, published, judge)          # roll out
         everything = [episode for group in rolled for episode in group]
         rolled_at = time.time()
 
@@ -201,16 +270,18 @@ def main(cfg: Config) -> None:
         mean = lambda values: sum(values) / max(1, len(values))
         nll = -sum(float(e.logprobs.sum()) for e in everything)
         sampled_tokens = sum(int(e.assistant_mask.sum()) for e in everything)
+        judged = [e for e in everything if e.judged]
         metrics = {
-            "step": step + 1, "reward": mean([e.reward for e in everything]),
-            "accuracy": mean([e.reward for e in everything if e.stop == "answer"]),
+            "step": step + 1, "reward": mean([e.reward for e in judged]),
+            "accuracy": mean([e.reward for e in judged if e.stop == "answer"]),
+            "unjudged": len(everything) - len(judged),
             **{f"stop/{name}": mean([e.stop == name for e in everything]) for name in STOPS},
-            "wrong": mean([e.stop == "answer" and e.reward == 0 for e in everything]),
+            "wrong": mean([e.stop == "answer" and e.reward == 0 for e in judged]),
             "turns": mean([e.turns for e in everything]), "crops": mean([len(e.crops) for e in everything]),
             "errors": mean([len(e.errors) for e in everything]),
             **{f"error/{code}": mean([e.errors.count(code) for e in everything]) for code in ERROR_CODES[1:]},
             "groups/rolled": len(rolled), "groups/trained": len(groups),
-            "groups/zero_spread": mean([len({e.reward for e in group}) == 1 for group in rolled]),
+            "groups/zero_spread": mean([len({e.reward for e in group if e.judged}) < 2 for group in rolled]),
             "clip_fraction": clipped_tokens / max(1, trained_tokens), "entropy": nll / max(1, sampled_tokens),
             "grad_norm": mean(norms), "skipped": skipped, "trained_tokens": trained_tokens,
             "time/rollout": rolled_at - began, "time/step": time.time() - began,

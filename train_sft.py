@@ -10,6 +10,7 @@ is it the one?); then it learns whole searches. Real bases skip the warm-up. Bat
     $ python train_sft.py --seed 1 --out runs/sft1
     $ python train_sft.py --resume             # goes on where runs/sft stopped
     $ python train_sft.py qwen7b               # LoRA on Qwen2.5-VL-7B in 4 bits; see PRESETS
+    $ python train_sft.py --base DIR --data cold_start        # imitates searches that were written elsewhere
 
 Read next: train_rl.py.
 """
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 import data
 from data import write_atomic
+from env import MAX_IMAGE_PIXELS
 from model import (FILE_ERRORS, LoraFlags, Policy, add_gradients, load_policy, memory_advice, micro_batches,
                    policy_flags, reason, token_logprobs)
 from rollout import Episode, replay
@@ -66,19 +68,47 @@ class Config(TrainFlags):
     grad_clip: float = 1.0             # largest gradient norm
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
+    data: Path | None = None           # trajectories to imitate: of data.py --collect, or the released set; no warm-up
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file of `data` is refused
     trial_share: float = 0.06          # trial-and-error searches; the rest are depth-first
     impatience: tuple[float, float] = (0.05, 0.15)  # one draw per search: chance of a guess after the n-th miss, over n
     patient_share: float = 0.10        # searches that never guess, however long
     slip: float = 0.02                 # chance, per plate, of taking an empty cell for one more
-    max_turns: int = 32                # longest trajectory
+    max_turns: int = 32                # longest trajectory; a longer one of `data` is trained on up to here
     train_vision: bool = True          # the tiny policy has never seen a picture
     micro_tokens: int = 2048           # tokens per forward, padding included
     save_every: int = 100              # steps
     resume: bool = False               # go on from the last checkpoint in `out`
 
 
-def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
+def load_written(cfg: Config) -> list[data.Trajectory]:
+    """The trajectories of `--data`, [] without it; tells what there is to know about them."""
+    written = data.load_trajectories(cfg.data, None, cfg.max_image_pixels) if cfg.data else []
+    if written:
+        turns = [len(t.texts) for t in written]
+        early = sum(any(data.ends(text) for text in t.texts[:-1]) for t in written)
+        print(f"{cfg.data}: {len(written)} trajectories, {sum(turns) / len(turns):.1f} turns; "
+              f"{sum(n > cfg.max_turns for n in turns)} are cut at {cfg.max_turns} turns; {early} end at an earlier "
+              f"message in our environment; {sum(t.answer is None for t in written)} have no answer in their last "
+              "turn, and are trained on as searches that go on")
+    return written
+
+
+def draw_written(cfg: Config, policy: Policy, step: int, written: list[data.Trajectory]) -> list[Episode]:
+    """The next `batch` written trajectories: every epoch has all of them, in an order of its own."""
+    episodes = []
+    for at in range(step * cfg.batch, (step + 1) * cfg.batch):
+        epoch, place = divmod(at, len(written))
+        order = random.Random(f"sft/{cfg.seed}/epoch {epoch}").sample(range(len(written)), len(written))
+        trajectory = written[order[place]]
+        episodes.append(replay(policy, trajectory.probe, trajectory.texts[:cfg.max_turns]))
+    return episodes
+
+
+def draw_batch(cfg: Config, policy: Policy, step: int, written: list[data.Trajectory] = ()) -> list[Episode]:
     """The episodes of one step; depends on the seed and the step alone, so that a resumed run sees the same."""
+    if written:
+        return draw_written(cfg, policy, step, written)
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     if step < cfg.warmup_steps:
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), grid=1, candidates=1)
@@ -94,13 +124,14 @@ def draw_batch(cfg: Config, policy: Policy, step: int) -> list[Episode]:
     return [replay(policy, search.probe, search.texts) for search, _ in zip(searches, range(cfg.batch))]
 
 
-def drawn_ahead(cfg: Config, policy: Policy, start: int) -> Iterator[list[Episode]]:
+def drawn_ahead(cfg: Config, policy: Policy, start: int,
+                written: list[data.Trajectory] = ()) -> Iterator[list[Episode]]:
     """The batches of all steps from `start` on, each drawn in a thread while the one before is trained on."""
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(draw_batch, cfg, policy, start)
+        ahead = thread.submit(draw_batch, cfg, policy, start, written)
         for step in range(start, cfg.steps):
             batch = ahead.result()
-            ahead = thread.submit(draw_batch, cfg, policy, step + 1)
+            ahead = thread.submit(draw_batch, cfg, policy, step + 1, written)
             yield batch
 
 
@@ -287,6 +318,7 @@ def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.op
 @memory_advice("--micro_tokens", "--max_turns", "--base")
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
+    written = load_written(cfg)
     policy, optimizer = load_trainable(cfg.base, cfg, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     open_run(cfg, cfg.resume, policy.name)
     policy.model.train()
@@ -294,7 +326,7 @@ def main(cfg: Config) -> None:
     stop = stop_on_signal()
     ended = time.time()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="cold start")
-    for step, episodes in zip(bar, drawn_ahead(cfg, policy, start)):
+    for step, episodes in zip(bar, drawn_ahead(cfg, policy, start, written)):
         began = time.time()
 
         denominator = sum(int(episode.assistant_mask.sum()) for episode in episodes)   # of the whole step, counted once
@@ -307,8 +339,9 @@ def main(cfg: Config) -> None:
             group["lr"] = learning_rate(cfg, step)
         norm, skipped = update(optimizer, cfg.grad_clip, loss)
 
-        metrics = {"step": step + 1, "phase": "warm-up" if step < cfg.warmup_steps else "search", "loss": loss,
-                   "grad_norm": norm, "skipped": int(skipped), "lr": optimizer.param_groups[0]["lr"],
+        warm_up = step < cfg.warmup_steps and not written
+        metrics = {"step": step + 1, "phase": "warm-up" if warm_up else "search", "loss": loss, "grad_norm": norm,
+                   "skipped": int(skipped), "lr": optimizer.param_groups[0]["lr"],
                    "tokens": denominator, "turns": sum(e.turns for e in episodes) / len(episodes),
                    "time/step": time.time() - began, "time/wait": began - ended, "memory_gb": peak_gb()}
         ended = time.time()

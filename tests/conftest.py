@@ -1,6 +1,9 @@
 """Shared by all tests: the repository on the path, no network, few threads, and small policies with random weights."""
+import json
 import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a missing directory fails at once, not after a look-up
@@ -58,6 +61,53 @@ def policy() -> Policy:
 def ragged(policy) -> Policy:
     """The tiny policy, shown views of 4 to 36 visual tokens in any shape."""
     return with_protocol(policy, RAGGED)
+
+
+class ChatServer:
+    """A real HTTP server on this machine that speaks the chat API: `reply(body)` is a text, or (status, content)."""
+
+    def __init__(self, reply):
+        self.bodies, self.headers = [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.bodies.append(body)
+                outer.headers.append((self.path, dict(self.headers)))
+                said = reply(body)
+                status, content = said if isinstance(said, tuple) else (200, {
+                    "choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]})
+                content = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("Location", f"{outer.url}/elsewhere")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(reply) starts a ChatServer; pauses between attempts take no time."""
+    servers = []
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+
+    def start(reply) -> ChatServer:
+        servers.append(ChatServer(reply))
+        return servers[-1]
+
+    yield start
+    for one in servers:
+        one.server.shutdown()
+        one.server.server_close()
 
 
 def special_ids(tokenizer) -> dict[str, int]:

@@ -119,7 +119,7 @@ def measure(cfg: Config, preset: str, folder: Path, phases: Phases) -> None:
     phases.enter("evaluation load")
     eval_script.main(eval_script.Config(
         init=folder / "rl", out=folder / "eval", count=1, samples=2, turn_limits=(cfg.eval_turns,), quantize=sft.quantize,
-        max_context=1 << 17, max_turn_tokens=length, shown=1, **views))
+        max_context=1 << 17, max_turn_tokens=length, shown=1, device=cfg.device, max_pixels=(cfg.pixels,)))
     phases.enter("end")
 
 

@@ -11,11 +11,20 @@ Lines worth flipping, each with the test that then fails:
     search_script  pop(0) -> choice(order)                    -> the_searcher_never_returns_to_a_plate
     search_script  misses stays 0                             -> guesses_grow_with_impatience_and_with_misses
     cold_start     yield all                                  -> every_kept_trajectory_ends_right
-    collect        ended episodes stay in the conversation    -> a_conversation_that_ended_is_none
+    play           ended episodes stay in the conversation    -> a_conversation_that_ended_makes_room
+    play           talk is not what the world said            -> the_collector_keeps_what_ends_right_...
+    _table         place of the row after                     -> hr_bench_has_four_orders_...
+    _vstar_row     options as they are listed                 -> vstar_folders_shuffle_...
+    Endpoint       break is left out                          -> attempts_are_bounded_...
+    gather         rejected ones are played again             -> a_collection_that_stopped_goes_on_...
     _tuples        lists stay lists                           -> saved_probes_come_back_as_they_were
     _image_file    no look at ".."                            -> an_image_outside_the_set_is_refused
     load_probes    enumerate from 0                           -> errors_name_the_file_and_the_row
 """
+import ast
+import base64
+import csv
+import io
 import itertools
 import json
 import os
@@ -23,6 +32,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -385,26 +395,39 @@ def test_collect_plays_a_right_a_wrong_a_void_and_an_endless_policy():
     script = data.search_script(probes[0], random.Random(0), pattern="depth_first")
     look = '<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
     lines = [iter(script), iter(["<answer>never</answer>"]), iter([look, "I give up"]), itertools.repeat(look)]
-    right, wrong, void, endless = data.collect(probes, lambda talks: [next(line, "") for line in lines], max_turns=7)
+    said = {probe.question + str(i): line for i, (probe, line) in enumerate(zip(probes, lines))}
+    order = list(said.values())
+    seats: dict[int, object] = {}
+
+    def speak(talks):
+        for talk in talks:
+            seats.setdefault(id(talk), order[len(seats)] if len(seats) < len(order) else None)
+        return [next(seats[id(talk)], "") for talk in talks]
+
+    right, wrong, void, endless = data.collect(probes, speak, max_turns=7)
     assert (right.texts, right.stop, right.reward) == (script, "answer", 1.0)
     assert (wrong.texts, wrong.stop, wrong.reward) == (["<answer>never</answer>"], "answer", 0.0)
     assert (void.texts, void.stop, void.reward) == ([look, "I give up"], "void", 0.0)
     assert (len(endless.texts), endless.stop, endless.reward) == (7, "over_turn", 0.0)
     assert [t.probe for t in (right, wrong, void, endless)] == probes
+    assert (right.answer, wrong.answer, void.answer) == (probes[0].answer, "never", None)
+    assert len(right.crops) == len(script) - 1 and len(endless.crops) == 6 and not endless.errors
 
 
-def test_a_conversation_that_ended_is_none_and_the_others_grow():
-    probes = [data.make_probe("sign", "easy", seed) for seed in range(2)]
+def test_a_conversation_that_ended_makes_room_for_the_next_and_the_others_grow():
+    probes = [data.make_probe("sign", "easy", seed) for seed in range(3)]
     look = '<grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
-    seen = []
+    seen, said = [], iter([["<answer>2</answer>", look], [look, "<answer>2</answer>"], [None]])
 
     def speak(talks):
-        seen.append([None if talk is None else [message["role"] for message in talk] for talk in talks])
-        return ["<answer>2</answer>", look if len(seen) < 3 else "<answer>4</answer>"]
+        seen.append([[message["role"] for message in talk] for talk in talks])
+        return next(said)
 
-    data.collect(probes, speak)
+    ended = list(data.play(iter(probes), speak, slots=2))
     start, turn = ["system", "user"], ["assistant", "user"]
-    assert seen == [[start, start], [None, start + turn], [None, start + 2 * turn]]
+    assert seen == [[start, start], [start + turn, start], [start + 2 * turn]]
+    assert [(number, t.probe, t.stop, len(t.texts)) for number, t in ended] == [
+        (0, probes[0], "answer", 1), (2, probes[2], "answer", 1), (1, probes[1], "over_context", 2)]
 
 
 def test_collect_grades_options_and_refuses_a_missing_text():
@@ -580,7 +603,7 @@ def test_a_wrong_path_says_what_to_do(tmp_path):
                           (tmp_path, "holds no set of probes: give the path of one probes.jsonl")):
         with pytest.raises(UserError, match=message):
             load_probes(path)
-    for name, content, message in (("a.txt", "x", "cannot read this kind of file, only .jsonl and .json"),
+    for name, content, message in (("a.txt", "x", "cannot read this kind of file, only .jsonl, .json"),
                                    ("b.jsonl", "\n \n", "holds no rows"), ("c.json", "[]", "holds no rows"),
                                    ("d.json", "{}", "should be a list of rows"), ("e.json", "[{", "not JSON"),
                                    ("f.json", "", "not JSON")):
@@ -596,6 +619,474 @@ def test_a_wrong_path_says_what_to_do(tmp_path):
     write_rows(tmp_path / "own", ["[]"], name="val.json")
     with pytest.raises(UserError, match="holds probes.jsonl and val.json: give the path of one"):
         load_probes(tmp_path / "own")
+
+
+# ------------------------------------------------------------------------------------------------ published sets
+
+def encoded(width: int, height: int, color="red") -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_table(file: Path, header: list[str], rows: list[list]) -> Path:
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, delimiter="\t").writerows([header, *rows])
+    return file
+
+
+HR_COLUMNS = ["index", "question", "answer", "category", "A", "B", "C", "D", "cycle_category", "image"]
+
+
+def hr_bench(folder: Path, questions: int = 2) -> Path:
+    """Each question in the four cyclic orders of its options; "red" is right, and moves from A to D, C, B."""
+    rows = []
+    for i in range(questions):
+        for k in range(4):
+            options = ["red", "blue", "green", "grey"]
+            rows.append([4 * i + k, 'Which "color"\nis it?', "ADCB"[k], ("single", "cross")[i % 2], *options[k:], *options[:k],
+                         k, encoded(60 + i, 40)])
+    return write_table(folder / "hr_bench_4k.tsv", HR_COLUMNS, rows)
+
+
+def test_hr_bench_has_four_orders_of_each_question_and_its_images_stay_in_the_file(tmp_path):
+    file = hr_bench(tmp_path)
+    for path in (tmp_path, file):
+        probes = load_probes(path)
+        assert [p.answer for p in probes] == list("ADCB" * 2) and {p.options[p.answer] for p in probes} == {"red"}
+        assert [p.open().size for p in reversed(probes)] == [(61, 40)] * 4 + [(60, 40)] * 4     # in any order
+        assert [p.meta["category"] for p in probes] == ["single"] * 4 + ["cross"] * 4
+        assert [p.meta["cycle_category"] for p in probes] == list("0123" * 2)
+        groups = [p.meta["cycle_of"] for p in probes]
+        assert len(set(groups)) == 2 and groups == sorted(groups, key=groups.index)
+        assert all(isinstance(p.image, data.Embedded) and p.source == "hr_bench" for p in probes)
+        assert probes[1].prompt() == 'Which "color"\nis it?\nA. blue\nB. green\nC. grey\nD. red'
+    with open(file, "ab") as f:
+        f.write(b"9\tcut")
+    assert len(load_probes(file, limit=8)) == 8                       # streamed: what comes after is not read
+
+
+def test_a_field_of_megabytes_is_read(tmp_path):
+    noise = Image.effect_noise((1500, 1500), 90)
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    row = [0, "?", "A", "c", "1", "2", "", "", 0, base64.b64encode(buffer.getvalue()).decode()]
+    assert len(row[-1]) > 20 * 131_072                                # csv stops at 131,072 by itself
+    probe, = load_probes(write_table(tmp_path / "a.tsv", HR_COLUMNS, [row]))
+    assert probe.open().size == (1500, 1500) and probe.options == {"A": "1", "B": "2"}
+
+
+def test_mme_realworld_loads_from_a_table_and_from_json(tmp_path):
+    options = ["(A) The red one", "(B) 5", "(C) (A) or (B)", "(E) The image does not feature it."]
+    columns = ["index", "image", "question", "multi-choice options", "answer", "category", "l2-category"]
+    file = write_table(tmp_path / "lite.tsv", columns, [
+        [7, encoded(50, 30), "Q?", repr(options), "E", "Reasoning", "count"], [8, "7", "R?", json.dumps(options), "A", "x", "y"]])
+    first, second = load_probes(file)
+    assert first.options == {"A": "The red one", "B": "5", "C": "(A) or (B)", "E": "The image does not feature it."}
+    assert (first.answer, first.source, first.meta["category"]) == ("E", "mme_realworld", "Reasoning")
+    assert second.open().size == first.open().size == (50, 30)        # a short field is the index of the row with the image
+    (tmp_path / "set" / "sub").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "set/sub/a.png")
+    row = {"Question_id": "m/1", "Image": "sub/a.png", "Text": "Q?", "Question Type": "Multiple Choice", "Answer choices": options,
+           "Ground truth": "B", "Category": "color", "Subtask": "Monitoring", "Task": "Perception"}
+    (tmp_path / "set/mme.json").write_text(json.dumps([row]))
+    probe, = load_probes(tmp_path / "set/mme.json")
+    assert (probe.question, probe.answer, probe.options["B"], probe.open().size) == ("Q?", "B", "5", (9, 9))
+    assert probe.meta == {"Question_id": "m/1", "Question Type": "Multiple Choice", "Subtask": "Monitoring", "Task": "Perception",
+                          "category": "color"}
+
+
+def vstar(folder: Path, count: int = 12) -> Path:
+    for kind, options in (("direct_attributes", ["red", "blue", "white", "black"]), ("relative_position", ["left", "right"])):
+        (folder / kind).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (200, 100)).save(folder / kind / f"sa_{i}.jpg")
+            (folder / kind / f"sa_{i}.json").write_text(json.dumps(
+                {"target_object": ["cap"], "bbox": [[20, 10, 40, 20], [180, 90, 30, 10]], "question": "What?", "options": options}))
+    rows = [{"image": "direct_attributes/sa_0.jpg", "category": "direct_attributes", "label": "B", "question_id": 3,
+             "text": "What is it?\n(A) rubber\n(B) cotton\nAnswer with the option's letter from the given choices directly."}]
+    (folder / "test_questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_vstar_folders_shuffle_the_options_by_id_and_keep_the_boxes(tmp_path):
+    probes = load_probes(vstar(tmp_path / "V", 30))
+    assert [p.meta["category"] for p in probes] == ["direct_attributes"] * 30 + ["relative_position"] * 30
+    assert {p.options[p.answer] for p in probes} == {"red", "left"}   # listed first in the file
+    letters = Counter(p.answer for p in probes)
+    assert set(letters) == {"A", "B", "C", "D"} and max(letters.values()) < 40          # A is not always right
+    assert [p.options for p in load_probes(tmp_path / "V")] == [p.options for p in probes]
+    assert [p.options for p in load_probes(tmp_path / "V/direct_attributes")] == [p.options for p in probes[:30]]
+    assert probes[0].boxes == [(0.1, 0.1, 0.3, 0.3), (0.9, 0.9, 1, 1.0)]                # pixels to shares, clamped
+    probe, = load_probes(tmp_path / "V/test_questions.jsonl")
+    assert (probe.question, probe.options, probe.answer) == ("What is it?", {"A": "rubber", "B": "cotton"}, "B")
+
+
+def cold_start_row(texts: list[str], replies: list[str], question="<image>\nWhat color?", **more) -> dict:
+    said = [{"from": "system", "value": "Search."}, {"from": "human", "value": question}]
+    for text, reply in itertools.zip_longest(texts, replies):
+        said += [{"from": "gpt", "value": text}] + ([{"from": "human", "value": reply}] if reply else [])
+    return {"images": [encoded_bytes(40, 30), encoded_bytes(20, 15)], "image_names": ["../../etc/passwd", "/tmp/x.png"],
+            "conversations": repr(said), "data_source": "visual_probe_train", "sample_index": 5, "rollout_index": 1, **more}
+
+
+def encoded_bytes(width: int, height: int) -> bytes:
+    return base64.b64decode(encoded(width, height))
+
+
+CALL = '<think>Look.</think><grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
+RED = "<think>Red.</think><answer>Red</answer>"
+
+
+def write_parquet(file: Path, rows: list[dict]) -> Path:
+    pyarrow = data.pyarrow()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=1)
+    return file
+
+
+@pytest.mark.parametrize("wrap", [lambda image: image, lambda image: {"bytes": image, "path": "../a.png"}])
+def test_the_released_cold_start_is_read_as_searches(tmp_path, wrap):
+    rows = [cold_start_row([CALL, RED], ["Observation 1:\n<image>.\n"]), cold_start_row([CALL, CALL], ["<image>"])]
+    rows = [{**row, "images": [wrap(image) for image in row["images"]]} for row in rows]
+    (tmp_path / "data").mkdir()
+    for number, row in enumerate(rows):                               # two parts of one set
+        write_parquet(tmp_path / f"data/train-0000{number}-of-00002.parquet", [row])
+    finished, unfinished = data.load_trajectories(tmp_path)
+    assert (finished.texts, finished.answer, finished.stop, finished.reward) == ([CALL, RED], "Red", "answer", 1.0)
+    assert (finished.probe.question, finished.probe.source) == ("What color?", "visual_probe_train")
+    assert finished.probe.open().size == (40, 30) and finished.probe.meta == {"images": 2, "sample_index": 5, "rollout_index": 1}
+    assert (unfinished.answer, unfinished.stop, unfinished.reward) == (None, "over_turn", 0.0)
+    with pytest.raises(UserError, match="00001-of-00002.parquet, row 1: no prediction can match"):
+        load_probes(tmp_path)                                         # as a question it has no answer
+    assert not list(tmp_path.glob("**/passwd"))
+
+
+BAD_CONVERSATIONS = [
+    ("__import__('os').system('touch hacked')", "not a list: .*ValueError"), ("[1, 2", "not a list: .*SyntaxError"),
+    ("(" * 5000, "not a list"), ("[]", "take turns"), ("[1]", "should be a list of"), ("{'from': 'gpt'}", "should be a list of"),
+    ("[{'from': 'human', 'value': 3}]", "should be a list of"), ("[{'from': 'gpt', 'value': 'x'}]", "take turns"),
+    (repr([{"from": "human", "value": "?"}]), "take turns"),
+    (repr([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": RED}]), "question is empty"),
+]
+
+
+@pytest.mark.survives("files", "a cold-start row whose text is code, or no conversation, or which names files elsewhere",
+                      "never run; one line with the row; names in a set are not used as paths")
+@pytest.mark.parametrize("text, message", BAD_CONVERSATIONS, ids=range(len(BAD_CONVERSATIONS)))
+def test_a_hostile_conversation_is_refused_and_never_run(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    file = write_parquet(tmp_path / "a.parquet", [cold_start_row([RED], []), cold_start_row([RED], [], conversations=text)])
+    with pytest.raises(UserError, match=message) as caught:
+        data.load_trajectories(file)
+    assert str(caught.value).startswith(f"{file}, row 2: ") and not (tmp_path / "hacked").exists()
+
+
+def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path / "a.parquet", [cold_start_row([RED], [])])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        load_probes(file)
+
+
+def test_a_broken_parquet_file_and_a_row_without_an_image_are_one_line(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [cold_start_row([RED], [], images=[])])
+    with pytest.raises(ImageError, match="a.parquet, row 1: the row has no image"):
+        data.load_trajectories(file)[0].probe.open()
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(UserError, match="a.parquet, row 1: cannot be read"):
+        load_probes(file)
+    with pytest.raises(UserError, match="row 1 holds a question and no search"):
+        data.load_trajectories(write_rows(tmp_path, [GOOD]))
+
+
+BAD_TABLES = [
+    ({"answer": "F"}, "not one of the options"), ({"question": " "}, "question is empty"), ({"image": ""}, "the image is missing"),
+    ({"image": "99"}, "the image is missing"), ({"A": "", "B": "", "C": "", "D": ""}, ""),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_TABLES, ids=range(len(BAD_TABLES)))
+def test_errors_name_the_row_of_a_table(tmp_path, change, message):
+    good = dict(zip(HR_COLUMNS, [0, "?", "A", "c", "1", "2", "3", "4", 0, encoded(9, 9)]))
+    file = write_table(tmp_path / "a.tsv", HR_COLUMNS, [list(good.values()), list((good | change).values())])
+    if not message:                                                   # no options at all: an open question
+        assert load_probes(file)[1].options is None
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        load_probes(file)
+    assert str(caught.value).startswith(f"{file}, row 2: ")
+
+
+@pytest.mark.survives("files", "a table with columns missing, a broken row, or an image that is none",
+                      "one line with the file and the row; no row is left out")
+def test_broken_tables_are_one_line(tmp_path):
+    image = encoded(9, 9)
+    for content, message in ((f"question\tanswer\timage\n?\tA\n", "row 1: has 2 columns, the header has 3"),
+                             (f'question\tanswer\timage\n?\tA\t"{image}\n', "row 1: cannot be read .*unexpected end"),
+                             (f"question\tA\timage\n?\tred\t{image}\n", 'row 1: "answer" is missing'),
+                             ("question\tanswer\timage\n", "holds no rows"), ("", "holds no rows")):
+        (tmp_path / "a.tsv").write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_probes(tmp_path / "a.tsv")
+    (tmp_path / "a.tsv").write_bytes(b"question\tanswer\timage\n\xff\tA\tx\n")
+    with pytest.raises(UserError, match="row 1: cannot be read"):
+        load_probes(tmp_path / "a.tsv")
+    for image in (image[:100], "x" * 100, "!" * 100):
+        (tmp_path / "a.tsv").write_text(f"question\tanswer\timage\n?\tA\t{image}\n")
+        probe, = load_probes(tmp_path / "a.tsv")
+        with pytest.raises(ImageError, match="a.tsv, row 1: "):
+            probe.open()
+
+
+def test_a_question_of_vstar_without_its_picture_is_no_gap_but_an_error(tmp_path):
+    folder = vstar(tmp_path / "V", 2)
+    (folder / "relative_position/sa_1.jpg").unlink()
+    with pytest.raises(UserError, match="relative_position/sa_1.json, row 1: the image .*sa_1.jpg is missing"):
+        load_probes(folder)
+    Image.new("RGB", (8, 8)).save(folder / "relative_position/sa_1.jpg")
+    row = json.loads((folder / "relative_position/sa_1.json").read_text())
+    for change, message in (({"options": []}, "not one of the options|should be text|no prediction"), ({"bbox": [[1, 2]]}, "x, y, width"),
+                            ({"bbox": ...}, '"bbox" is missing'), ({"question": ...}, '"question" is missing')):
+        changed = {key: value for key, value in {**row, **change}.items() if value is not ...}
+        (folder / "relative_position/sa_1.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"sa_1.json, row 1: .*({message})"):
+            load_probes(folder)
+
+
+@pytest.mark.parametrize("make, lines", [
+    (hr_bench, ["8 rows", "categories    single 4, cross 4", "options       4 8", "image sizes   60 x 40 4, 61 x 40 4"]),
+    (lambda path: vstar(path / "V"), ["24 rows", "options       4 12, 2 12", "target sizes  14 to 28 pixels, median 28 (48 boxes"]),
+    (lambda path: write_parquet(path / "a.parquet", [cold_start_row([CALL, RED], ["<image>"]), cold_start_row([CALL], [])]),
+     ["2 rows", "turns         2 1, 1 1", "no answer     1 rows, in their last turn"])])
+def test_the_check_prints_what_was_recognised(tmp_path, monkeypatch, capsys, make, lines):
+    run(monkeypatch, "--check", make(tmp_path))
+    said = capsys.readouterr().out
+    for line in lines:
+        assert line in said, said
+
+
+# ------------------------------------------------------------------------------------------------ a policy elsewhere
+
+def talk(text="Hi", image=None) -> list[dict]:
+    parts = [{"type": "image", "image": image}] if image else []
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def test_an_endpoint_gets_text_images_options_and_the_key(serve, monkeypatch):
+    monkeypatch.setenv(data.KEY, "sk-secret")
+    server = serve(lambda body: "hello")
+    picture = Image.new("RGB", (33, 22), (200, 30, 30))
+    assert data.Endpoint(f"{server.url}/", "m")(talk(image=picture), temperature=0.5) == "hello"
+    body, (path, headers) = server.bodies[0], server.headers[0]
+    assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer sk-secret")
+    assert (body["model"], body["temperature"]) == ("m", 0.5)
+    image, text = body["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Hi"}
+    head, content = image["image_url"]["url"].split(",")
+    sent = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert head == "data:image/jpeg;base64" and sent.size == (33, 22)
+    assert all(abs(a - b) < 6 for a, b in zip(sent.getpixel((9, 9)), (200, 30, 30)))
+    monkeypatch.delenv(data.KEY)
+    data.Endpoint(server.url, "m")(talk())
+    assert "Authorization" not in server.headers[1][1]
+
+
+def test_a_server_that_stumbles_is_asked_again_with_growing_pauses(serve, monkeypatch):
+    replies = iter([(503, {}), (429, {}), (200, b"<html>"), (200, {"choices": []}), "at last"])
+    server, pauses = serve(lambda body: next(replies)), []
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    assert data.Endpoint(server.url, "m", backoff=0.5)(talk()) == "at last"
+    assert pauses == [0, 0.5, 1.0, 2.0, 4.0] and len(server.bodies) == 5
+
+
+@pytest.mark.survives("faults", "a server that is away, slow, broken, or refuses the key",
+                      "bounded attempts, then one line; the key is never in it")
+@pytest.mark.parametrize("reply, attempts, message", [
+    ((500, {"error": "boom"}), 3, "HTTP 500, .*boom"), ((401, {"error": "bad key sk-secret"}), 1, "HTTP 401, .*bad key \\*\\*\\*"),
+    ((404, {"error": "no model m"}), 1, "HTTP 404"), ((302, {}), 1, "HTTP 302"), ((200, b"\xff"), 3, "Decode|JSON"),
+    ((200, {"choices": [{"message": {"content": None}}]}), 3, "no text"), ((200, []), 3, "TypeError"),
+    ((400, {"error": "too long"}), 1, "HTTP 400, .*too long")])
+def test_attempts_are_bounded_and_the_key_is_not_shown(serve, monkeypatch, reply, attempts, message):
+    monkeypatch.setenv(data.KEY, "sk-secret")
+    server = serve(lambda body: reply)
+    with pytest.raises(UserError, match=message) as caught:
+        data.Endpoint(server.url, "m", retries=3)(talk())
+    assert len(server.bodies) == attempts and "sk-secret" not in str(caught.value) and server.url in str(caught.value)
+
+
+def test_a_server_that_is_not_there_and_urls_that_are_none(serve):
+    url = serve(lambda body: "x").url
+    slow = serve(lambda body: threading.Event().wait(0.4) or "late")
+    with pytest.raises(UserError, match="timed out|TimeoutError"):
+        data.Endpoint(slow.url, "m", timeout=0.05, retries=2)(talk())
+    with pytest.raises(UserError, match="URLError.*refused"):
+        data.Endpoint(url.replace(url.split(":")[2], "9/v1"), "m", retries=2)(talk())
+    for url in ("file:///etc/passwd", "localhost:8000/v1", "http://user:pass@host/v1", "ftp://host", "", "exakt"):
+        with pytest.raises(UserError, match="a server is given as http"):
+            data.Endpoint(url, "m")
+
+
+def test_messages_end_with_their_action_and_a_cut_one_is_void(serve):
+    cut = {"choices": [{"message": {"content": CALL}, "finish_reason": "length"}]}
+    said = {"a": CALL.removesuffix("</grounding>"), "b": "<think>1 < 2</think><answer>red", "c": CALL, "d": (200, cut)}
+    server = serve(lambda body: said[body["messages"][0]["content"][0]["text"]])
+    speak = data.speaker(data.Endpoint(server.url, "m"), max_tokens=9)
+    assert speak([talk(name) for name in "abcd"]) == [CALL, "<think>1 < 2</think><answer>red</answer>", CALL, ""]
+    assert server.bodies[0]["stop"] == ["</grounding>", "</answer>"] and server.bodies[0]["max_tokens"] == 9
+
+
+def test_a_conversation_that_grew_too_long_ends_over_context_but_a_first_refusal_is_an_error(serve):
+    server = serve(lambda body: (400, {"error": "too long"}) if len(body["messages"]) > 2 else CALL)
+    speak = data.speaker(data.Endpoint(server.url, "m"))
+    probe = Probe(Image.new("RGB", (60, 60)), "?", "red")
+    assert [(t.stop, len(t.texts), len(t.crops)) for t in data.collect([probe], speak)] == [("over_context", 1, 1)]
+    blind = data.speaker(data.Endpoint(serve(lambda body: (400, {"error": "no images here"})).url, "m"))
+    with pytest.raises(UserError, match="no images here"):
+        data.collect([probe], blind)
+
+
+# ------------------------------------------------------------------------------------------------ cold start in context
+
+def written_searches() -> dict[str, list[str]]:
+    """The exemplars: name -> the assistant messages."""
+    parts = data.EXEMPLARS.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {part.split("\n")[0]: [line.removeprefix("Assistant: ") for line in part.split("\n") if line.startswith("Assistant: ")]
+            for part in parts}
+
+
+def test_the_six_exemplars_are_searches_that_the_world_accepts_and_show_what_they_are_named_for():
+    searches = written_searches()
+    assert [name.casefold() for name in searches] == ["depth-first search", "trial and error", "goal maintenance", "self-reflection",
+                                                      "zooming out after a dead end", "a crop of a crop"]
+    signs = ("depth first", "trial and error", "goal maintenance", "self-reflection", "zooming out", "crop of a crop")
+    text = data.EXEMPLARS.read_text(encoding="utf-8")
+    for name, (search, sign) in zip(searches, zip(searches.values(), signs)):
+        question = re.search(r"\] (.*)", text.split(f"## {name}")[1])[1]
+        probe = Probe(Image.new("RGB", (1000, 1000)), question, data.final_answer(search))
+        script = list(search)
+        played, = data.collect([probe], lambda _: [script.pop(0)], max_turns=9)
+        assert (played.stop, played.reward, played.errors, len(played.crops)) == ("answer", 1.0, [], len(search) - 1)
+        if sign != "depth first":                                     # that one goes through stacks, and into one of them
+            assert sign in data.patterns(played), (name, data.patterns(played))
+    prompt = data.few_shot_prompt()
+    assert prompt.startswith(data.SYSTEM_PROMPT) and prompt.count("\n## ") == 6 and "data.py" not in prompt
+
+
+def test_an_exemplar_file_of_the_user_has_to_hold_searches(tmp_path):
+    (tmp_path / "mine.md").write_text("# Mine\n\n## One\nUser: ?\n")
+    assert data.few_shot_prompt(tmp_path / "mine.md").endswith("\n\n## One\nUser: ?\n")
+    (tmp_path / "none.md").write_text("nothing")
+    with pytest.raises(UserError, match="none.md: holds no search"):
+        data.few_shot_prompt(tmp_path / "none.md")
+
+
+def crops_of(*looks) -> data.Trajectory:
+    boxes = {"l": (0, 0, 0.5, 1), "r": (0.5, 0, 1, 1), "m": (0.25, 0, 0.75, 1)}
+    return data.Trajectory(Probe("", "Where is it?", "x"), ["y"] * len(looks), "answer", 1.0,
+                           crops=[Crop(boxes[name], int(source)) for name, source in looks])
+
+
+@pytest.mark.parametrize("looks, names", [
+    ([], []), (["l0"], []), (["l0", "r0"], ["trial and error"]), (["l0", "m0"], []), (["l0", "l1"], ["crop of a crop"]),
+    (["l0", "l1", "l2"], ["depth first", "crop of a crop"]), (["l0", "l1", "m0"], ["zooming out", "crop of a crop"]),
+    (["l0", "r0", "l2"], ["trial and error", "crop of a crop"])])
+def test_patterns_by_hand(looks, names):
+    assert data.patterns(crops_of(*looks)) == names
+
+
+def test_patterns_of_thoughts_by_hand():
+    search = data.Trajectory(Probe("", "What color is the umbrella?", "x"), ["Wait, no.", "the color of that umbrella", "umbrella color"],
+                             "answer", 1.0)
+    assert data.patterns(search) == ["goal maintenance", "self-reflection"]
+    search.texts[2] = "it"
+    assert data.patterns(search) == ["self-reflection"]
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """`count` questions on pictures of growing width; the answer to number i is i."""
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (300 + i, 200), (20 * i, 90, 90)).save(folder / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": f"Number {i}?", "answer": str(i), "source": "mine", "meta": {"n": [1]}} for i in range(count)]
+    (folder / "probes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def scripted(body: dict) -> str:
+    """Looks twice, then answers: rightly on even questions, wrongly on 1, on 3 without an action, on 5 it never ends."""
+    number, turn = int(re.search(r"Number (\d+)", json.dumps(body))[1]), len(body["messages"]) // 2
+    if turn < 3 or number == 5:
+        call = {"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image" if turn == 1 else "observation_1"}
+        return f"<think>Not here yet, turn {turn}.</think><grounding>{json.dumps(call)}"
+    return "I give up" if number == 3 else f"<think>Seen.</think><answer>{number + number % 2}"
+
+
+def collect_again(monkeypatch, folder, url, out, **more):
+    flags = {"collect": folder, "endpoint": url, "model": "m", "out": out, "max_turns": 5, "slots": 3, **more}
+    run(monkeypatch, *(word for name, value in flags.items() for word in (f"--{name}", value)))
+
+
+def test_the_collector_keeps_what_ends_right_and_counts_the_rest(serve, tmp_path, monkeypatch, capsys):
+    server = serve(scripted)
+    collect_again(monkeypatch, pictures(tmp_path / "set", 7), server.url, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "acceptance    0.571" in said and "kept: 4, wrong: 1, void: 1, over_turn: 1" in said and "turns         3: 4" in said
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["patterns"] == {"self-reflection": 4, "crop of a crop": 4} and report["played"] == 7
+    assert {body["messages"][0]["content"][0]["text"] for body in server.bodies} == {data.few_shot_prompt()}
+    assert max(len(body["messages"]) for body in server.bodies) == 2 + 2 * 4
+
+    kept = data.load_trajectories(tmp_path / "out")                   # ours
+    released = data.load_trajectories(tmp_path / "out/coldstart.parquet")
+    assert [t.probe.question for t in kept] == [f"Number {i}?" for i in (0, 2, 4, 6)]
+    assert all(t.reward == 1.0 and len(t.texts) == 3 and t.probe.source == "mine" for t in (*kept, *released))
+    assert [t.texts for t in kept] == [t.texts for t in released]
+    for i, ours, theirs in zip((0, 2, 4, 6), kept, released):
+        assert ours.probe.open().tobytes() == theirs.probe.open().tobytes()
+        assert ours.probe.open().size == (300 + i, 200) and ours.probe.meta == {"n": (1,)}
+        assert theirs.probe.meta == {"images": 3, "sample_index": i, "rollout_index": 0}
+    rows = data.pyarrow().parquet.read_table(tmp_path / "out/coldstart.parquet").to_pylist()
+    assert list(rows[0]) == ["images", "image_names", "conversations", "data_source", "sample_index", "rollout_index"]
+    sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in rows[0]["images"]]
+    assert sizes == [(300, 200), (150, 100), (75, 50)]                # native pixels: the picture, a crop, a crop of it
+    talk = ast.literal_eval(rows[0]["conversations"])
+    assert [part["from"] for part in talk] == ["system", *["human", "gpt"] * 3]
+    assert talk[0]["value"] == data.SYSTEM_PROMPT                     # what was shown in context is left out
+    assert talk[1]["value"] == "<image>\nNumber 0?" and talk[3]["value"] == "Observation 1:\n<image>"
+
+
+def test_a_collection_that_stopped_goes_on_where_it_was(serve, tmp_path, monkeypatch, capsys):
+    folder, calls = pictures(tmp_path / "set", 6), itertools.count()
+    failing = serve(lambda body: (500, {}) if next(calls) > 9 else scripted(body))
+    with pytest.raises(SystemExit) as stopped:
+        collect_again(monkeypatch, folder, failing.url, tmp_path / "out")
+    assert stopped.value.code == 2 and "HTTP 500" in capsys.readouterr().err
+    log = tmp_path / "out/played.jsonl"
+    before = log.read_text().splitlines()
+    assert 1 < len(before) < 7
+    with open(log, "a") as f:
+        f.write('{"row": 0, "outco')                                  # a line that a kill cut short
+    server = serve(scripted)
+    collect_again(monkeypatch, folder, server.url, tmp_path / "out")
+    after = [json.loads(line) for line in log.read_text().splitlines()]
+    assert log.read_text().splitlines()[:len(before)] == before and sorted(row["row"] for row in after[1:]) == list(range(6))
+    asked = {int(re.search(r"Number (\d+)", json.dumps(body))[1]) for body in server.bodies}
+    assert asked == set(range(6)) - {json.loads(line)["row"] for line in before[1:]}
+    assert [t.probe.answer for t in data.load_trajectories(tmp_path / "out")] == ["0", "2", "4"]
+    calls = len(server.bodies)
+    collect_again(monkeypatch, folder, server.url, tmp_path / "out")
+    assert len(server.bodies) == calls                                # nothing is left to play
+    with pytest.raises(SystemExit):
+        collect_again(monkeypatch, folder, server.url, tmp_path / "out", max_turns=6)
+    assert "was started with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["endpoint", "model", "out"])
+def test_a_collection_needs_its_flags(tmp_path, monkeypatch, capsys, missing):
+    flags = {"collect": pictures(tmp_path / "set", 1), "endpoint": "http://127.0.0.1:9/v1", "model": "m", "out": tmp_path / "out"}
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *(word for name, value in flags.items() if name != missing for word in (f"--{name}", value)))
+    assert "error: " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ the command

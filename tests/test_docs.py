@@ -127,7 +127,7 @@ def test_nothing_dangerous_is_called(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
 def test_not_even_the_words_are_there(path):
-    found = re.findall(r"eval\(|exec\(|pickle|except( Exception)?:|shell=True", path.read_text())
+    found = re.findall(r"(?<!ast\.literal_)eval\(|exec\(|pickle|except( Exception)?:|shell=True", path.read_text())
     assert not found
 
 

@@ -25,7 +25,8 @@ from rollout import Episode, messages, replay
 
 ROOT = Path(eval_script.__file__).parent
 KEYS = {"label", "init", "probes", "samples", "seed", "control", "seconds", "curve", "correct_by_turns", "stops",
-        "errors", "mean_turns", "repeated_crops", "by_source", "by_k"}
+        "errors", "mean_turns", "repeated_crops", "by_source", "by_k", "judge", "unjudged", "by_category", "by_cycle",
+        "by_pixels"}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,39 @@ def test_repeated_crops_by_hand():
     a, b = Crop((0.0, 0.0, 0.5, 0.5), 0), Crop((0.0, 0.0, 0.5, 0.5), 1)
     assert summarise([episode(3, 1.0, crops=(a, a, b)), episode(1, 0.0, crops=(a,))], 1, (6,))["repeated_crops"] == 0.25
     assert summarise([episode(1, 1.0)], 1, (6,))["repeated_crops"] == 0
+
+
+def cycled(question: str, cycle: int, reward: float, judged=True) -> Episode:
+    played = episode(2, reward, source="hr_bench", stop="answer")
+    played.probe.meta = {"cycle_of": question, "cycle_category": str(cycle), "category": "single" if question == "a" else "cross"}
+    played.judged = judged
+    return played
+
+
+def test_hr_bench_is_the_mean_over_its_four_cycles_and_its_error_that_of_questions():
+    """Cycles: 1, 1/2, 1/2, 0 over the questions a and b: mean 1/2. Questions: a 3/4, b 1/4: std sqrt(1/8), error 1/4."""
+    right = {("a", 0), ("a", 1), ("a", 2), ("b", 0)}
+    results = summarise([cycled(q, c, float((q, c) in right)) for c in range(4) for q in "ab"], 1, (4,))
+    assert {name: row["accuracy"] for name, row in results["by_cycle"].items()} == {"0": 1.0, "1": 0.5, "2": 0.5, "3": 0.0}
+    assert results["curve"]["4"] == {"accuracy": 0.5, "error": pytest.approx(0.25), "questions": 2}
+    assert results["curve"]["4"]["accuracy"] == np.mean([row["accuracy"] for row in results["by_cycle"].values()])
+    assert {name: (row["accuracy"], row["questions"]) for name, row in results["by_category"].items()} == {
+        "cross": (0.25, 1), "single": (0.75, 1)}
+
+
+def test_unjudged_episodes_count_nowhere_but_as_unjudged():
+    """Question 1: right and unjudged; question 2: unjudged twice; question 3: wrong and right. Mean of 1 and 1/2."""
+    rows = [episode(1, 1.0), episode(2, 0.0, stop="answer"), episode(1, 0.0, stop="answer"), episode(1, 0.0, stop="answer"),
+            episode(1, 0.0), episode(1, 1.0)]
+    for i in (1, 2, 3):
+        rows[i].judged = False
+    results = summarise(rows, 2, (2,))
+    assert results["curve"]["2"]["accuracy"] == 0.75 and results["curve"]["2"]["questions"] == 2 and results["unjudged"] == 3
+    assert results["correct_by_turns"] == {"1-2": 2 / 3} and results["stops"]["answer"] == 5 / 6
+    for row in rows:
+        row.judged = False
+    with pytest.raises(data.UserError, match="the judge failed on every episode"):
+        summarise(rows, 2, (2,))
 
 
 # ------------------------------------------------------------------------------------------------ controls
@@ -298,6 +332,95 @@ def test_the_figure_shows_every_limit_and_marks_the_limit_in_training(tmp_path, 
     assert any(set(line.get_xdata()) == {6} for line in axes.get_lines())
     monkeypatch.undo()
     eval_script.pyplot.close(figures[0])
+
+
+def questions(folder: Path) -> Path:
+    """Three questions of two categories; the answer to number i is i."""
+    folder.mkdir()
+    for i in range(3):
+        checkers(96 + i).save(folder / f"{i}.png")
+    (folder / "probes.jsonl").write_text("\n".join(json.dumps(
+        {"image": f"{i}.png", "question": f"Number {i}?", "answer": str(i), "category": "ab"[i // 2]}) for i in range(3)))
+    return folder
+
+
+def test_a_published_set_is_played_once_per_pixel_budget(saved, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def play(policy, probes, group_size, **_):
+        seen.append((policy.protocol.min_pixels, policy.protocol.max_pixels, len(probes), group_size))
+        return [replay(policy, p, [f"<answer>{i if len(seen) == 1 else 7}</answer>"]) for i, p in enumerate(probes)
+                for _ in range(group_size)]
+
+    monkeypatch.setattr(eval_script, "rollout", play)
+    eval_script.main(small(saved, tmp_path / "eval", count=None, data=questions(tmp_path / "set"), samples=3, max_pixels=(4096, 1024)))
+    assert seen == [(2304, 4096, 3, 3), (1024, 1024, 3, 3)]                       # all rows; a floor below its ceiling
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    assert {name: (row["accuracy"], row["mean_turns"]) for name, row in results["by_pixels"].items()} == {
+        "4096": (1.0, 1.0), "1024": (0.0, 1.0)}
+    assert results["curve"]["2"]["accuracy"] == 1.0 and (results["probes"], results["samples"]) == (3, 3)
+    assert {name: row["questions"] for name, row in results["by_category"].items()} == {"a": 2, "b": 1}
+    assert "by_pixels    4096 100.0 +- 0.0  1024 0.0 +- 0.0" in capsys.readouterr().out
+
+
+def test_photographs_of_a_set_stay_on_disk_until_their_turn(tiny, tmp_path):
+    probe = data.load_probes(questions(tmp_path / "set"))[0]
+    assert controlled(probe, "none", tiny) is probe and controlled(probe, "black_crop", tiny) is probe
+
+
+def say_number(body: dict) -> str:
+    """Number 0: right at once. 1: a broken and a good look, then right. 2: answers 3."""
+    number, turn = re.search(r"Number (\d)", json.dumps(body))[1], len(body["messages"]) // 2
+    if number == "1" and turn < 3:
+        source = "original_image" if turn == 2 else "observation_9"
+        return f'<grounding>{{"bbox_2d": [0, 0, 0.5, 0.5], "source": "{source}"}}'
+    return f"<think><b>x</b></think><answer>{number.replace('2', '3')}</answer>"
+
+
+def test_a_policy_behind_a_server_fills_the_same_table(serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_script, "load_policy", None)                         # nothing is loaded here
+    server = serve(say_number)
+    cfg = small("runs/rl", tmp_path / "eval", count=None, data=questions(tmp_path / "set"), endpoint=server.url, model="served",
+                turn_limits=(1, 2, 4), temperature=0.7)
+    eval_script.main(cfg)
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    assert results.keys() == KEYS and (results["label"], results["init"]) == ("served", server.url)
+    assert {limit: row["accuracy"] for limit, row in results["curve"].items()} == {
+        "1": pytest.approx(1 / 3), "2": pytest.approx(1 / 3), "4": pytest.approx(2 / 3)}
+    assert results["mean_turns"] == pytest.approx(5 / 3) and results["errors"]["unknown_source"] == pytest.approx(1 / 3)
+    assert list(results["by_pixels"]) == ["2000000"]
+    rows = [json.loads(line) for line in (tmp_path / "eval/episodes.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in rows] == ["0", "0", "1", "1", "3", "3"] and len(rows[2]["messages"]) == 3
+    assert {body["temperature"] for body in server.bodies} == {0.7} and {body["max_tokens"] for body in server.bodies} == {6}
+    text = (tmp_path / "eval/trajectories.html").read_text()
+    for section in text.split("<section>")[1:]:
+        items = [("<img" in item) for item in re.findall(r"<li>(.*?)</li>", section)]
+        assert items == ([False, True, False] if "Number 1" in section else [False])
+    assert "<b>x</b>" not in text and "by_category  a 100.0 +- 0.0  b 0.0 +- 0.0" in capsys.readouterr().out
+
+
+def test_a_judge_that_fails_is_reported_and_its_answers_are_not_wrong(serve, tmp_path, capsys):
+    def reply(body):
+        text = json.dumps(body)
+        return "yes" if "Candidate" in text and "red" in text else (500, {}) if "Candidate" in text else say_number(body)
+
+    server = serve(reply)
+    eval_script.main(small("x", tmp_path / "eval", count=None, data=questions(tmp_path / "set"), endpoint=server.url, model="m",
+                           judge=server.url, judge_model="j", turn_limits=(4,)))
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    assert results["unjudged"] == 2 and results["curve"]["4"] == {"accuracy": 1.0, "error": 0.0, "questions": 2}
+    rows = [json.loads(line) for line in (tmp_path / "eval/episodes.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in rows] == [1.0, 1.0, 1.0, 1.0, None, None]
+    assert "unjudged 2" in capsys.readouterr().out and "unjudged (stop: answer" in (tmp_path / "eval/trajectories.html").read_text()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--endpoint", "http://127.0.0.1:9/v1"], "--model NAME"), (["--endpoint", "nowhere", "--model", "m"], "a server is given as http"),
+    (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--control", "blind"], "plays no --control"),
+    (["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--judge", "base"], "needs the policy here")])
+def test_flags_of_a_served_policy_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, message):
+    code, said = run_script(monkeypatch, capsys, *flags, "--count", "1", "--out", tmp_path / "eval")
+    assert code == 2 and message in said[-1]
 
 
 # ------------------------------------------------------------------------------------------------ pages and records

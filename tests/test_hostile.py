@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import rollout as rollout_module
 import test_env
 from conftest import noise_probes
 from env import ERROR_CODES, STOPS, Answer, CropEnv, ImageError, crop_pixels, format_action, grade, load_image
+from model import Protocol
 from rollout import replay
 from train_rl import group_advantages
 
@@ -215,7 +217,7 @@ def test_every_command_that_opens_images_of_the_user_has_the_pixel_cap_as_a_flag
     with pytest.raises(ImageError, match="200 x 100 is more than 19999 pixels"):
         probe.open()
     assert data.load_probes(tmp_path, max_image_pixels=20_000)[0].open().size == (200, 100)
-    monkeypatch.setattr(eval_script, "load_policy", lambda *_, **__: None)
+    monkeypatch.setattr(eval_script, "load_policy", lambda *_, **__: SimpleNamespace(protocol=Protocol()))
     monkeypatch.setattr(eval_script, "rollout", lambda policy, probes, **_: probes[0].open())
     for script, flags in ((data, ["--check", tmp_path]), (rollout_module, ["--image", tmp_path / "a.png", "--question", "?"]),
                           (eval_script, ["--data", tmp_path, "--out", tmp_path / "eval", "--count", 1])):
@@ -265,9 +267,9 @@ def test_links_are_followed_inside_the_set_and_in_the_cache_of_the_hub_only(tmp_
         data.load_probes(snapshot)
 
 
-@pytest.mark.survives("files", "TSV, parquet and other tables", "refused by name: only .jsonl and .json are read")
-@pytest.mark.parametrize("name", ["rows.tsv", "rows.parquet", "rows.csv", "rows.jsonl.gz", "rows"])
+@pytest.mark.survives("files", "CSV, archives and other files", "refused by name: only .jsonl, .json, .tsv and .parquet are read")
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl.gz", "rows.pkl", "rows"])
 def test_a_table_of_another_kind_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1\0\xff")
-    with pytest.raises(data.UserError, match=f"{name}: cannot read this kind of file, only .jsonl and .json"):
+    with pytest.raises(data.UserError, match=f"{name}: cannot read this kind of file, only .jsonl, .json, .tsv, .parquet"):
         data.load_probes(tmp_path / name)

@@ -582,6 +582,40 @@ def test_describe_tells_the_story(ragged, say):
 # ---------------------------------------------------------------------------------------------- the command
 
 
+def test_a_policy_speaks_as_a_callable_what_it_would_say_in_a_rollout(ragged):
+    """Greedy: the conversations that data.play builds from its texts are those of a rollout, token for token."""
+    probes = noise_probes((60, 80), (90, 40), (64, 64))
+    greedy = dict(temperature=0, max_turn_tokens=12)
+    p = ragged.protocol
+    played = data.collect(probes, rollout_module.speaker(ragged, **greedy), max_turns=2, min_pixels=p.min_pixels,
+                          max_pixels=p.max_pixels, system_prompt=p.system_prompt, error_prompt=p.error_prompt)
+    rolled = rollout(ragged, probes, max_turns=2, **greedy)
+    for one, other in zip(played, rolled):
+        assert one.stop == other.stop and (one.texts == messages(ragged, other) or (one.texts, one.stop) == ([""], "void"))
+
+
+def test_a_spoken_message_is_sampled_after_the_whole_conversation_and_a_long_one_is_none(ragged, monkeypatch):
+    """What a policy has read when it ends a search as a callable is, token for token, the replay of that search."""
+    texts, p = [format_action(Crop((0.0, 0.0, 0.5, 0.5), 0)), "<answer>4</answer>"], ragged.protocol
+    ids = [token for text in texts for token in [*ragged.encode(text), ragged.im_end]]
+    monkeypatch.setattr(rollout_module, "_sample", lambda logprobs, *_: ([ids.pop(0)], [0.0]))
+    original, seen = rollout_module.rollout, []
+    monkeypatch.setattr(rollout_module, "rollout", lambda *args, **more: seen.append(original(*args, **more)) or seen[-1])
+    probe, = noise_probes((60, 80))
+    speak = rollout_module.speaker(ragged)
+    played, = data.collect([probe], speak, max_turns=3, min_pixels=p.min_pixels, max_pixels=p.max_pixels,
+                           system_prompt=p.system_prompt)
+    assert (played.texts, played.reward, len(played.crops)) == (texts, 1.0, 1)
+    last, = seen[-1]
+    assert last.token_ids.tolist() == replay(ragged, probe, texts).token_ids.tolist()
+
+    talk = CropEnv(probe.open(), "?").reset()
+    length = len(ragged.render(talk)[0])
+    ids += [*ragged.encode("<answer>4</answer>"), ragged.im_end]
+    assert rollout_module.speaker(ragged, max_context=length - 1)([talk]) == [None]
+    assert rollout_module.speaker(ragged, max_context=length)([talk]) == ["<answer>4</answer>"] and not ids
+
+
 @pytest.fixture(scope="module")
 def saved(policy, tmp_path_factory):
     """A photograph, and the directory of a policy."""

@@ -1,4 +1,5 @@
 """Tests of train_sft.py: what is trained, what a batch depends on, the run directory. No network, no GPU."""
+import io
 import json
 import os
 import random
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import train_rl
 import train_sft
 from model import load_policy, token_logprobs
-from rollout import replay, rollout
+from rollout import messages, replay, rollout
 from train_sft import Config, draw_batch, drawn_ahead, learning_rate, write_atomic
 
 ROOT = Path(train_sft.__file__).parent
@@ -142,6 +144,82 @@ def test_the_gradient_is_clipped_before_the_step(tmp_path, monkeypatch):
     before = dict(tiny().model.named_parameters())
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
     assert lines(tmp_path)[0]["grad_norm"] > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ written trajectories
+
+LOOK = '<think>look</think><grounding>{"bbox_2d": [0, 0, 0.5, 0.5], "source": "original_image"}</grounding>'
+ANSWER = "<think>read</think><answer>4</answer>"
+SEARCHES = [[LOOK, ANSWER], [LOOK] * 4 + [ANSWER], [LOOK, LOOK], ["no action", ANSWER], [ANSWER]]
+
+
+def searches_on_disk(folder: Path) -> Path:
+    """Searches as data.py --collect leaves them: short, long, without an answer, broken off in between, at once."""
+    folder.mkdir()
+    rows = []
+    for i, texts in enumerate(SEARCHES):
+        Image.new("RGB", (60 + i, 60), (40 * i, 9, 9)).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": f"Number {i}?", "answer": "4", "texts": texts})
+    rows[2]["answer"] = ""
+    (folder / "trajectories.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_written_trajectories_are_told_of_and_cut_with_nothing_trained_beyond(tmp_path, capsys):
+    cfg = small(tmp_path / "run", data=searches_on_disk(tmp_path / "set"), max_turns=3, batch=5)
+    policy, written = tiny(), train_sft.load_written(cfg)
+    said = capsys.readouterr().out
+    assert "5 trajectories, 2.4 turns; 1 are cut at 3 turns; 1 end at an earlier message" in said
+    assert "1 have no answer in their last turn" in said
+    batch = {e.probe.question: e for e in draw_batch(cfg, policy, 0, written)}
+    for i, texts in enumerate([*SEARCHES[:1], SEARCHES[1][:3], SEARCHES[2], SEARCHES[3][:1], SEARCHES[4]]):
+        episode = batch[f"Number {i}?"]
+        assert messages(policy, episode) == texts                     # nothing that comes later is even there
+        own = [token for text in texts for token in [*policy.encode(text), policy.im_end]]
+        assert episode.token_ids[episode.assistant_mask].tolist() == own
+    assert train_sft.load_written(small(tmp_path)) == []
+
+
+def test_each_epoch_has_every_trajectory_once_in_an_order_of_its_own(tmp_path):
+    cfg = small(tmp_path / "run", data=searches_on_disk(tmp_path / "set"), batch=2)
+    policy, written = tiny(), train_sft.load_written(cfg)
+    asked = [e.probe.question for step in range(5) for e in draw_batch(cfg, policy, step, written)]
+    assert len(set(asked[:5])) == len(set(asked[5:])) == 5 and asked[:5] != asked[5:]
+    assert [e.probe.question for e in draw_batch(cfg, tiny(7), 3, written)] == asked[6:8]
+    other = replace(cfg, seed=1)
+    assert asked != [e.probe.question for step in range(5) for e in draw_batch(other, policy, step, written)]
+
+
+def test_the_released_schema_gives_the_same_tokens_as_ours(tmp_path):
+    folder = searches_on_disk(tmp_path / "set")
+    ours = data.load_trajectories(folder)[0]
+    buffer = io.BytesIO()
+    ours.probe.open().save(buffer, "PNG")
+    said = [{"from": "human", "value": "<image>\nNumber 0?"}, {"from": "gpt", "value": LOOK},
+            {"from": "human", "value": "After the above Action 0, (Observation 1):\n<image>.\n"}, {"from": "gpt", "value": ANSWER}]
+    row = {"images": [buffer.getvalue()] * 2, "image_names": ["a", "b"], "conversations": repr(said), "data_source": "x",
+           "sample_index": 0, "rollout_index": 0}
+    arrow = data.pyarrow()
+    arrow.parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    theirs, = data.load_trajectories(tmp_path / "a.parquet")
+    one, other = (draw_batch(small(tmp_path, batch=1), tiny(), 0, [t]) for t in (ours, theirs))
+    assert tokens(one) == tokens(other)
+
+
+def test_a_run_on_written_trajectories_has_no_warm_up_learns_and_resumes(tmp_path):
+    cfg = small(tmp_path / "run", data=searches_on_disk(tmp_path / "set"), steps=4, warmup_steps=240, lr=4e-3)
+    train_sft.main(cfg)
+    rows = lines(tmp_path / "run")
+    assert {row["phase"] for row in rows} == {"search"} and rows[-1]["loss"] < rows[0]["loss"]
+    train_sft.main(replace(cfg, out=tmp_path / "two", steps=2))
+    with pytest.raises(data.UserError, match="data"):
+        train_sft.main(replace(cfg, out=tmp_path / "two", data=None, resume=True))
+
+
+def test_a_set_of_questions_is_no_set_of_trajectories(tmp_path, monkeypatch, capsys):
+    data.save_probes([data.make_probe("sign", "easy", 0)], tmp_path / "set")
+    code, err = run_script(monkeypatch, capsys, "train_sft.py", "--data", tmp_path / "set", "--out", tmp_path / "x")
+    assert code == 2 and "row 1 holds a question and no search" in err and not (tmp_path / "x").exists()
 
 
 # ------------------------------------------------------------------------------------------------ batches
