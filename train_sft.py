@@ -57,12 +57,12 @@ class Config(TrainFlags):
     base: str = "tiny"                 # "tiny", "random:qwen3b" and the like, a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 400                   # optimizer steps, warm-up included
-    warmup_steps: int = 155            # of them on single looks: perception first
+    steps: int = 480                   # optimizer steps, warm-up included
+    warmup_steps: int = 120            # of them on single looks: perception first
     warmup_batch: int = 64             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW); then a cosine
-    muon: float = 5.0                  # matrices learn by Muon, at this multiple of `lr`; 0: AdamW for all weights
+    muon: float = 3.0                  # matrices learn by Muon, at this multiple of `lr`; 0: AdamW for all weights
     lr_rise: int = 20                  # steps to the peak
     lr_floor: float = 0.1              # share of the peak at the end
     weight_decay: float = 0.01

@@ -506,7 +506,7 @@ def test_four_bits_without_adapters_are_refused(qwen25_dir, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_run_with_adapters_in_four_bits_and_moments_in_eight_equals_one_in_one_go(qwen3_dir, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    flags = dict(base=qwen3_dir, warmup_steps=0, quantize="nf4", lora_rank=64, adam_8bit=True, save_every=2,
+    flags = dict(base=qwen3_dir, muon=0.0, warmup_steps=0, quantize="nf4", lora_rank=64, adam_8bit=True, save_every=2,
                  activation_checkpointing=True, min_pixels=32 * 32, max_pixels=48 * 48, batch=1)
     train_sft.main(small(tmp_path / "whole", **flags))
     saved = str(torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["optimizer"][0]["state"])
