@@ -57,12 +57,11 @@ class Config(TrainFlags):
     base: str = "tiny"                 # "tiny", "random:qwen3b" and the like, a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 480                   # optimizer steps, warm-up included
-    warmup_steps: int = 120            # of them on single looks: perception first
+    steps: int = 620                   # optimizer steps, warm-up included
+    warmup_steps: int = 240            # of them on single looks: perception first
     warmup_batch: int = 64             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW); then a cosine
-    muon: float = 3.0                  # matrices learn by Muon, at this multiple of `lr`; 0: AdamW for all weights
     lr_rise: int = 20                  # steps to the peak
     lr_floor: float = 0.1              # share of the peak at the end
     weight_decay: float = 0.01
@@ -142,32 +141,6 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * min(1.0, (step + 1) / cfg.lr_rise) * (cfg.lr_floor + (1 - cfg.lr_floor) * cosine)
 
 
-class Optimizers:
-    """Several optimizers that go as one."""
-
-    def __init__(self, *parts: torch.optim.Optimizer):
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
-
-
 # ------------------------------------------------------------------------------------------------ run directories
 
 def open_run(cfg, resume: bool, policy_name: str) -> None:
@@ -183,7 +156,9 @@ def open_run(cfg, resume: bool, policy_name: str) -> None:
     settings = json.loads(json.dumps(settings, default=str))
     if resume:
         about = data.read_json(cfg.out / "run.json")
-        before = about["config"] if isinstance(about.get("config"), dict) else {}
+        before = about.get("config")
+        if not isinstance(before, dict):
+            raise data.UserError(f"--resume: {cfg.out / 'run.json'} holds no configuration; is the file damaged?")
         changed = [k for k in settings if settings[k] != before.get(k)]
         if [k for k in changed if k != "steps"]:
             raise data.UserError(f"--resume: {cfg.out} was started with another " + ", ".join(
@@ -210,7 +185,7 @@ def go_on() -> str:
     return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
-def save_run(out: Path, policy: Policy, optimizer: Optimizers, step: int) -> None:
+def save_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Saves the policy in the Hugging Face layout, and what an exact resume needs beside it (state.pt).
 
     state.pt comes last, so that it is never of a later step than the policy. UserError when it cannot be written.
@@ -232,7 +207,7 @@ def frozen_sum(policy: Policy) -> int:
                for p in policy.model.parameters() if not p.requires_grad)
 
 
-def load_run(out: Path, policy: Policy, optimizer: Optimizers) -> int:
+def load_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
     """Loads weights and optimizer of the last checkpoint, forgets later metrics; returns the number of steps done.
 
     0 for a run that was killed before its first checkpoint. UserError for a checkpoint that is broken, or of another
@@ -291,7 +266,7 @@ def log(out: Path, metrics: dict) -> None:
         f.write(json.dumps(metrics) + "\n")
 
 
-def update(optimizer: Optimizers, grad_clip: float, loss: float = 0.0) -> tuple[float, bool]:
+def update(optimizer: torch.optim.Optimizer, grad_clip: float, loss: float = 0.0) -> tuple[float, bool]:
     """An optimizer step, unless loss or gradient is not finite: (gradient norm before clipping, was it skipped?)."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip).item()
@@ -319,10 +294,9 @@ def report_skipped(out: Path, episodes: list[Episode]) -> None:
 
 # ------------------------------------------------------------------------------------------------ training
 
-def load_trainable(name: str, cfg: TrainFlags, muon: float = 0.0, **adam) -> tuple[Policy, Optimizers]:
+def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.optim.Optimizer]:
     """The policy `name` as the flags ask for it, and AdamW with the settings `adam` on the weights that are trained.
 
-    muon: if not 0, the matrices of the layers learn by Muon instead, at this multiple of the learning rate.
     Without adapters the weights are float32: in bfloat16, steps as small as these learning rates are rounded away.
     UserError for 4 bits without adapters, which cannot be trained.
     """
@@ -336,28 +310,18 @@ def load_trainable(name: str, cfg: TrainFlags, muon: float = 0.0, **adam) -> tup
         policy.base.activation_checkpointing_enable({"use_reentrant": False})
     if cfg.autocast:
         policy.base.model.forward = torch.autocast(policy.device.type, torch.bfloat16)(policy.base.model.forward)
-    matrices, others = [], []
-    for name, weight in policy.model.named_parameters():
-        matrix = muon and weight.ndim == 2 and "embed" not in name and "lm_head" not in name
-        if weight.requires_grad:
-            (matrices if matrix else others).append(weight)
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
     if cfg.adam_8bit:
         import bitsandbytes
     kind = bitsandbytes.optim.AdamW8bit if cfg.adam_8bit else torch.optim.AdamW
-    parts = [kind(others, **adam)] if others or not matrices else []
-    if matrices:                       # `adjust_lr_fn`: steps of the size of AdamW's (Liu et al. 2025), then times muon
-        parts.append(torch.optim.Muon(matrices, lr=muon * adam["lr"], weight_decay=adam["weight_decay"],
-                                      adjust_lr_fn="match_rms_adamw"))
-        parts[-1].param_groups[0]["multiple"] = muon
-    return policy, Optimizers(*parts)
+    return policy, kind(weights, **adam)
 
 
 @memory_advice("--micro_tokens", "--max_turns", "--base")
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     written = load_written(cfg)
-    policy, optimizer = load_trainable(cfg.base, cfg, cfg.muon, lr=cfg.lr, betas=(0.9, 0.98),
-                                       weight_decay=cfg.weight_decay)
+    policy, optimizer = load_trainable(cfg.base, cfg, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
     open_run(cfg, cfg.resume, policy.name)
     policy.model.train()
     start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
@@ -373,14 +337,13 @@ def main(cfg: Config) -> None:
         for part, _ in add_gradients(policy, loss_of, micro_batches(episodes, cfg.micro_tokens)):
             loss += part
 
-        lr = learning_rate(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("multiple", 1.0)
+            group["lr"] = learning_rate(cfg, step)
         norm, skipped = update(optimizer, cfg.grad_clip, loss)
 
         warm_up = step < cfg.warmup_steps and not written
         metrics = {"step": step + 1, "phase": "warm-up" if warm_up else "search", "loss": loss, "grad_norm": norm,
-                   "skipped": int(skipped), "lr": lr,
+                   "skipped": int(skipped), "lr": optimizer.param_groups[0]["lr"],
                    "tokens": denominator, "turns": sum(e.turns for e in episodes) / len(episodes),
                    "time/step": time.time() - began, "time/wait": began - ended, "memory_gb": peak_gb()}
         ended = time.time()
@@ -401,8 +364,8 @@ def main(cfg: Config) -> None:
 
 # For one GPU of 24 GB; `paper`: full fine-tuning as published (3 epochs of 7,267 rows; batch 32 is ours, theirs was
 # not stated), which needs far more memory.
-QWEN3B = Config(base="Qwen/Qwen2.5-VL-3B-Instruct", lora_rank=16, lr=1e-4, muon=0.0, steps=450, warmup_steps=0,
-                batch=16, activation_checkpointing=True, train_vision=False, max_pixels=1_000_000, micro_tokens=8192)
+QWEN3B = Config(base="Qwen/Qwen2.5-VL-3B-Instruct", lora_rank=16, lr=1e-4, steps=450, warmup_steps=0, batch=16,
+                activation_checkpointing=True, train_vision=False, max_pixels=1_000_000, micro_tokens=8192)
 PRESETS = {
     "tiny": Config(), "qwen3b": QWEN3B,
     "qwen7b": replace(QWEN3B, base="Qwen/Qwen2.5-VL-7B-Instruct", quantize="nf4", adam_8bit=True),

@@ -425,8 +425,8 @@ BROKEN_STATES = {
     "binary metrics": (lambda file: (file.parent / "metrics.jsonl").write_bytes(b"\xff\xfe"), "cannot go on from"),
     "cut run.json": (lambda file: cut(file.parent / "run.json"), "run.json: not JSON"),
     "list run.json": (lambda file: (file.parent / "run.json").write_text("[]"), "run.json: should be an object"),
-    "no configuration": (lambda file: (file.parent / "run.json").write_text("{}"), "another init"),
-    "odd configuration": (lambda file: (file.parent / "run.json").write_text('{"config": 3}'), "another init"),
+    "no configuration": (lambda file: (file.parent / "run.json").write_text("{}"), "holds no configuration"),
+    "odd configuration": (lambda file: (file.parent / "run.json").write_text('{"config": 3}'), "holds no configuration"),
     "no run.json": (lambda file: (file.parent / "run.json").unlink(), "delete it and run again"),
 }
 
