@@ -308,8 +308,9 @@ def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.op
         policy.base.model.visual.requires_grad_(False)
     if cfg.activation_checkpointing:
         policy.base.activation_checkpointing_enable({"use_reentrant": False})
-    if cfg.autocast:
-        policy.base.model.forward = torch.autocast(policy.device.type, torch.bfloat16)(policy.base.model.forward)
+    for part in ("forward", "get_image_features") if cfg.autocast else ():
+        halved = torch.autocast(policy.device.type, torch.bfloat16)(getattr(policy.base.model, part))
+        setattr(policy.base.model, part, halved)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     if cfg.adam_8bit:
         import bitsandbytes

@@ -309,7 +309,7 @@ def test_a_crashed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_p
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_a_command_that_finishes_the_run(tmp_path, monkeypatch):
-    out, steps = tmp_path / "a run", 60
+    out, steps = tmp_path / "a run", 30
     flags = ["--out", out, "--steps", steps, "--warmup-steps", 1, "--warmup-batch", 2, "--batch", 1, "--max-turns", 2,
              "--kinds", "attribute", "--difficulties", "easy", "--impatience", 1, 1, "--patient-share", 0,
              "--device", "cpu"]
