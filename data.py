@@ -24,7 +24,6 @@ photographs, `gather` lets any vision-language model play in context, shown the 
 
 Read next: model.py.
 """
-import ast
 import base64
 import csv
 import errno
@@ -44,6 +43,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from ast import literal_eval as python_literal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -667,7 +667,7 @@ def ends(text: str) -> bool:
 def _literal(text: str):
     """A Python literal in a published file: read, never run."""
     try:
-        return ast.literal_eval(text)
+        return python_literal(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(f"not a list: {_short(text)} ({type(error).__name__})") from None
 
