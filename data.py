@@ -389,8 +389,11 @@ _locks: list = []                      # open files: a lock lasts as long as its
 
 def lock(directory: Path) -> None:
     """Makes a directory ours until this process ends. UserError while another process writes there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _locks.append(open(directory / ".lock", "a"))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _locks.append(open(directory / ".lock", "a"))
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
     try:
         fcntl.lockf(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -453,8 +456,8 @@ def load_probes(path: str | Path, limit: int | None = None, max_image_pixels: in
             probes.append(_to_probe(row, folder))
             probes[-1].max_image_pixels = max_image_pixels
             _check(probes[-1], unanswered)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        except (UserError, OSError) as error:                # the system's own: a name that is too long, no permission
+            raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     if not probes:
         raise UserError(f"{path}: holds no rows")
     return probes
@@ -520,13 +523,15 @@ def _table(file: Path) -> Iterator[tuple[int, dict]]:
                 if len(cells) != len(header):
                     raise UserError(f"{where}: has {len(cells)} columns, the header has {len(header)}")
                 if "image" in row:
-                    text, places[row.get("index")] = row["image"], place
-                    found = place if len(text) > 64 else places.get(text)      # a short one: the index of the row that
-                    if found is None:                                          # holds it (VLMEvalKit)
+                    text = row["image"]                     # if short: the index of the row that holds it (VLMEvalKit)
+                    if len(text) > 64:
+                        places[row.get("index")] = place, hashlib.sha256(text.encode()).hexdigest()
+                    held = places.get(row.get("index") if len(text) > 64 else text)
+                    if held is None:
                         raise UserError(f"{where}: the image is missing, the column holds {_short(text)}")
-                    row["image"] = Embedded(where, functools.partial(image_at, found, header.index("image")))
+                    row["image"] = Embedded(where, functools.partial(image_at, held[0], header.index("image")))
                     if "cycle_category" in row:             # HR-Bench asks each question in four orders of its options
-                        row["cycle_of"] = hashlib.sha256(f"{row.get('question')} {text}".encode()).hexdigest()
+                        row["cycle_of"] = hashlib.sha256(f"{row.get('question')} {held[1]}".encode()).hexdigest()
                 yield number, row
                 place = f.tell()
         except (csv.Error, UnicodeDecodeError) as error:
@@ -555,6 +560,8 @@ def _parquet(file: Path) -> Iterator[tuple[int, dict]]:
     try:
         with arrow.parquet.ParquetFile(file) as table:
             names = [name for name in table.schema_arrow.names if name != "images"]
+            if len(names) == len(table.schema_arrow.names):
+                raise UserError(f'{file}: the column "images" is missing, there are {", ".join(names)}')
             for group in range(table.num_row_groups):
                 for at, row in enumerate(table.read_row_group(group, names).to_pylist()):
                     number += 1
@@ -591,12 +598,14 @@ def _to_probe(row: dict, folder: Path) -> Probe:
     meta = {key: value for key, value in row.items() if key == "question_id" or key not in (*FORMATS[name], *"ABCDEF")}
     source = _field(row, extra, str) if name == "visual_probe" else name.removesuffix("_tsv")
     if name == "vstar":                                     # a question, "(A) ..." on a line each, and an instruction
-        options = dict(re.findall(r"^\(([A-Z])\) (.*)$", question, re.MULTILINE)) or None
+        options = dict(re.findall(r"^\(([A-Z])\) (.*)$", question, re.MULTILINE))
         question = question.split("\n(A) ")[0]
     elif name == "hr_bench":
-        options = {letter: row[letter] for letter in "ABCDEF" if row.get(letter)} or None
+        options = {letter: row[letter] for letter in "ABCDEF" if row.get(letter)}
     elif name != "visual_probe":
         options = _listed(_field(row, extra, str, list))
+    if name != "visual_probe" and not options:
+        raise UserError(f"no options are found in this row of {name}")
     if "Category" in meta:
         meta["category"] = meta.pop("Category")
     level = source.rpartition("_")[2]                       # visual_probe_hard
@@ -713,6 +722,10 @@ def _check(probe: Probe, unanswered: bool) -> None:
         numbers = isinstance(box, tuple) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
         if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise UserError(f"a box should be [x0, y0, x1, y1] with x0 < x1 and y0 < y1 in 0..1, not {_short(box)}")
+    try:
+        " ".join([probe.question, *answers, *options, *options.values(), *texts]).encode()
+    except UnicodeEncodeError:
+        raise UserError("the row holds half a surrogate pair, which is no character") from None
 
 
 def _field(row: dict, key: str, *types: type):
@@ -936,7 +949,6 @@ def describe(trajectory: Trajectory) -> str:
 
 # ------------------------------------------------------------------------------------------------ a policy elsewhere
 
-KEY = "OPENAI_API_KEY"                 # the environment variable that holds the key of a server, if it needs one
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)            # HTTP: try again
 
 
@@ -955,23 +967,32 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """A policy behind an OpenAI-compatible server (vLLM, for one): `endpoint(messages)` is its reply.
 
-    url: up to and including /v1. The key is taken from the environment, and is not kept, logged or shown. retries:
-    attempts in all, after pauses of `backoff` seconds, doubled each time. Raises Refusal for a conversation that the
-    server does not take, UserError when it cannot be reached, refuses the key or the model, or fails every time.
+    url: up to and including /v1. key: the environment variable that holds the key, if the server needs one; it is not
+    kept, logged or shown. retries: attempts in all, after pauses of `backoff` seconds, doubled each time. Raises
+    Refusal for a conversation that the server does not take, UserError when it cannot be reached, refuses the key or
+    the model, or fails every time.
     """
     url: str
     model: str
+    key: str = "OPENAI_API_KEY"
     timeout: float = 120.0             # seconds
     retries: int = 5
     backoff: float = 1.0
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise UserError(f"a server is given as http://HOST:PORT/v1, with the key in the environment variable {KEY}")
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            good = parts.scheme in ("http", "https") and parts.hostname and not parts.username and not parts.password
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError("a server is given as http://HOST:PORT/v1, with the key in the environment variable "
+                            + self.key)
 
     def __call__(self, messages: list[dict], **options) -> str:
-        key, problem = os.environ.get(KEY, "").strip(), ""
+        key, problem = os.environ.get(self.key, "").strip(), ""
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{self.key}: a key is one line of ASCII text")
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         body = json.dumps({"model": self.model, "messages": [_plain(m) for m in messages], **options}).encode()
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
@@ -980,11 +1001,17 @@ class Endpoint:
             try:
                 with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as reply:
                     choice = json.loads(reply.read(1 << 24))["choices"][0]
-                if isinstance(choice["message"]["content"], str):       # a cut message is void, as in a rollout
-                    return "" if choice.get("finish_reason") == "length" else choice["message"]["content"]
+                if choice.get("finish_reason") == "length":             # a cut message is void, as in a rollout
+                    return ""
+                if isinstance(choice["message"]["content"], str):       # half a surrogate pair could not be written
+                    return choice["message"]["content"].encode(errors="replace").decode()
                 problem = "no text in the reply"
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}, {_short(error.read(500).decode(errors='replace'))}"
+                try:
+                    told = error.read(4000).decode(errors="replace")
+                except (OSError, http.client.HTTPException):
+                    told = ""
+                problem = f"HTTP {error.code}, {_short(told.replace(key, '***') if key else told)}"
                 if error.code not in TEMPORARY:
                     break
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -1009,14 +1036,18 @@ def _plain(message: dict) -> dict:
 def speaker(endpoint: Endpoint, **options) -> Callable[[list], list]:
     """An endpoint for `play`: all conversations at once, each message ended by its action.
 
-    UserError if it refuses even the first message of a conversation.
+    UserError while it has refused everything: then it is the set-up that is wrong, not one conversation.
     """
+    answered = []
+
     def say(talk: list) -> str | None:
         try:
             text = endpoint(talk, stop=["</grounding>", "</answer>"], **options)
-        except Refusal:
-            if len(talk) <= 2:
+            answered.append(True)
+        except Refusal as error:
+            if not answered:
                 raise
+            tqdm.write(f"refused: {error}", file=sys.stderr)
             return None
         open_tags = [tag for tag in ("grounding", "answer") if text.count(f"<{tag}>") > text.count(f"</{tag}>")]
         return text + "".join(f"</{tag}>" for tag in open_tags[:1])         # servers leave the stop string out

@@ -392,7 +392,7 @@ class CropEnv:
 
 
 # what Pillow's decoders raise on bad bytes (RuntimeError: AVIF), found by flipping bytes in 16 formats
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error)
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, struct.error)
 _BROKEN += (Image.DecompressionBombError, Image.DecompressionBombWarning)  # where warnings are errors
 
 

@@ -104,7 +104,7 @@ def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
         return probe                                       # its photograph stays on disk until its turn comes
     image = probe.open()
     if control == "blind":
-        image = Image.new("RGB", image.size, (128, 128, 128))
+        image = Image.new("RGB", fit_pixels(image, 1, policy.protocol.max_pixels).size, (128, 128, 128))
     if control == "overview":
         image = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels).resize(image.size)
     return dataclasses.replace(probe, image=image)
@@ -295,7 +295,7 @@ def record(policy: Policy | None, episode: Episode) -> dict:
     return {"question": episode.probe.question, "answer": episode.probe.answer, "prediction": episode.answer,
             "reward": episode.reward if episode.judged else None, "stop": episode.stop, "turns": episode.turns,
             "errors": episode.errors, "crops": [dataclasses.asdict(crop) for crop in episode.crops],
-            "messages": [text for text, _ in said(policy, episode)],
+            "messages": episode.texts if isinstance(episode, Spoken) else messages(policy, episode),
             "source": episode.probe.source, "k": episode.probe.meta.get("k"), "seed": episode.probe.meta.get("seed")}
 
 
@@ -324,13 +324,16 @@ def play_all(cfg: Config, policy: Policy | None, protocol: Protocol, probes: lis
 
 @memory_advice("--slots", "--max_context", "--turn_limits")
 def main(cfg: Config) -> None:
+    numbers = (*cfg.turn_limits, cfg.samples, cfg.slots, *cfg.max_pixels, 400 if cfg.count is None else cfg.count)
+    if not cfg.turn_limits or min(numbers) < 1:
+        raise data.UserError("--turn_limits, --samples, --slots, --max_pixels and --count start at 1")
     if cfg.endpoint and (cfg.control != "none" or not cfg.model):
         raise data.UserError("--endpoint needs --model NAME, and plays no --control")
     if cfg.data:
         probes = data.load_probes(cfg.data, cfg.count, cfg.max_image_pixels)
     else:
         stream = data.probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
-        probes = [next(stream) for _ in range(cfg.count or 400)]
+        probes = [next(stream) for _ in range(400 if cfg.count is None else cfg.count)]
     limits = tuple(sorted(cfg.turn_limits))
     against = []
     for other in cfg.against:
@@ -341,16 +344,17 @@ def main(cfg: Config) -> None:
             raise data.UserError(f"--against: {other / 'results.json'} holds no label and curve")
     policy = None if cfg.endpoint else load_policy(str(cfg.init), **policy_flags(cfg) | {"max_pixels": None})
     protocol = policy.protocol if policy else worded(Protocol(), system_prompt=cfg.system_prompt,
-                                                     observation_prompt=cfg.observation_prompt)
+                                                     observation_prompt=cfg.observation_prompt,
+                                                     min_pixels=cfg.min_pixels)
     judge = open_judge(cfg.judge, cfg.judge_model, policy)
     data.lock(cfg.out)
-    began, passes, by_pixels = time.time(), [], {}
+    began, episodes, by_pixels = time.time(), [], {}
     for budget in cfg.max_pixels or (protocol.max_pixels,):
         sized = dataclasses.replace(protocol, max_pixels=budget, min_pixels=min(protocol.min_pixels, budget))
-        passes.append(play_all(cfg, policy, sized, probes, limits[-1], judge))
-        told = summarise(passes[-1], cfg.samples, limits)
+        played = play_all(cfg, policy, sized, probes, limits[-1], judge)
+        told = summarise(played, cfg.samples, limits)
         by_pixels[str(budget)] = {**told["curve"][str(limits[-1])], "mean_turns": told["mean_turns"]}
-    episodes = passes[0]
+        episodes = episodes or played
     label = cfg.label or cfg.model or cfg.init.name
     results = {"label": label, "init": cfg.endpoint or str(cfg.init), "probes": len(probes), "samples": cfg.samples,
                "seed": cfg.seed, "control": cfg.control, "judge": cfg.judge, "seconds": round(time.time() - began, 1),

@@ -266,7 +266,7 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
     depend on `slots`. make_env: the world, for controls. force_answer: how the last allowed turn begins,
     written for the policy and not counted as sampled. keep_features: leave the visual tokens in the episodes, for a
-    training that does not change the tower. progress: a label for a progress bar. Raises ValueError for a prompt
+    training that does not change the tower. progress: a label for a progress bar. Raises UserError for a prompt
     beyond max_context.
     """
     policy.model.train(False)               # a model in training keeps no cache when it checkpoints activations
@@ -276,7 +276,7 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     def start(index: int, group: Group) -> Row:
         transcript = Transcript(policy, group.probe, max_turns, max_images, make_env, force_answer)
         if len(transcript.ids) > max_context:
-            raise ValueError(f"a prompt of {len(transcript.ids)} tokens exceeds max_context={max_context}")
+            raise data.UserError(f"a prompt of {len(transcript.ids)} tokens exceeds max_context={max_context}")
         return Row(index, transcript, seed, group)
 
     def play(share: list[Group]) -> list[tuple[int, Episode]]:

@@ -154,7 +154,7 @@ def open_judge(name: str, model: str, policy: Policy | None) -> Judge | None:
         if policy is None:
             raise data.UserError("--judge base: needs the policy here, not behind a server")
         return base_judge(policy)
-    judge = data.endpoint_judge(data.Endpoint(name, model))
+    judge = data.endpoint_judge(data.Endpoint(name, model, key="JUDGE_API_KEY"))
     if judge([judge_prompt("What color?", "red", "red")]) == [None]:
         raise data.UserError(f"--judge {name}: --judge_model {model or '(not given)'} does not say yes or no")
     return judge
@@ -229,6 +229,7 @@ def main(cfg: Config) -> None:
         rolled_at = time.time()
 
         policy.model.train()
+        torch.manual_seed(cfg.seed * 1_000_003 + step)             # for dropout: a resumed run draws the same
         rewards = torch.tensor([[e.reward for e in group] for group in groups]).view(-1, cfg.group_size)      # (Q, G)
         over_turn = torch.tensor([[e.over_turn for e in group] for group in groups], dtype=torch.bool)
         over_turn = over_turn.view(-1, cfg.group_size)                                                        # (Q, G)

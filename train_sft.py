@@ -331,6 +331,7 @@ def main(cfg: Config) -> None:
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="cold start")
     for step, episodes in zip(bar, drawn_ahead(cfg, policy, start, written)):
         began = time.time()
+        torch.manual_seed(cfg.seed * 1_000_003 + step)             # for dropout: a resumed run draws the same
 
         denominator = sum(int(episode.assistant_mask.sum()) for episode in episodes)   # of the whole step, counted once
         loss = 0.0

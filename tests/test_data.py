@@ -696,6 +696,41 @@ def test_mme_realworld_loads_from_a_table_and_from_json(tmp_path):
                           "category": "color"}
 
 
+def test_rows_that_name_the_row_of_their_image_belong_to_the_same_question(tmp_path):
+    """VLMEvalKit: the image once, its index in the other rows."""
+    rows = [[i, "Which?", "A", "single", "red", "blue", "", "", i % 4, encoded(60, 40) if i % 4 == 0 else str(i - i % 4)]
+            for i in range(8)]
+    probes = load_probes(write_table(tmp_path / "hr_bench_4k.tsv", HR_COLUMNS, rows))
+    assert len({p.meta["cycle_of"] for p in probes}) == 1 and {p.open().size for p in probes} == {(60, 40)}   # one picture
+    rows[4][-1] = encoded(61, 40)
+    probes = load_probes(write_table(tmp_path / "hr_bench_4k.tsv", HR_COLUMNS, rows))
+    groups = [p.meta["cycle_of"] for p in probes]
+    assert len(set(groups[:4])) == len(set(groups[4:])) == 1 and groups[0] != groups[4]
+
+
+def test_options_that_are_not_recognised_are_an_error_and_not_an_open_question(tmp_path):
+    folder = vstar(tmp_path / "V", 1)
+    row = json.loads((folder / "test_questions.jsonl").read_text())
+    (folder / "test_questions.jsonl").write_text(json.dumps({**row, "text": "What is it?\nA. rubber\nB. cotton"}))
+    with pytest.raises(UserError, match="row 1: no options"):
+        load_probes(folder / "test_questions.jsonl")
+
+
+@pytest.mark.parametrize("change, message", [({"image": "x" * 300}, "too long"), ({"question": "q \ud800"}, "surrogate")])
+def test_names_and_texts_that_no_system_takes_are_named_by_row(tmp_path, change, message):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "q?", "answer": "red", **change}
+    (tmp_path / "probes.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=f"row 1: .*{message}"):
+        load_probes(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*file"):
+        data.lock(tmp_path / "file")
+
+
 def vstar(folder: Path, count: int = 12) -> Path:
     for kind, options in (("direct_attributes", ["red", "blue", "white", "black"]), ("relative_position", ["left", "right"])):
         (folder / kind).mkdir(parents=True)
@@ -873,7 +908,7 @@ def talk(text="Hi", image=None) -> list[dict]:
 
 
 def test_an_endpoint_gets_text_images_options_and_the_key(serve, monkeypatch):
-    monkeypatch.setenv(data.KEY, "sk-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     server = serve(lambda body: "hello")
     picture = Image.new("RGB", (33, 22), (200, 30, 30))
     assert data.Endpoint(f"{server.url}/", "m")(talk(image=picture), temperature=0.5) == "hello"
@@ -886,7 +921,7 @@ def test_an_endpoint_gets_text_images_options_and_the_key(serve, monkeypatch):
     sent = Image.open(io.BytesIO(base64.b64decode(content)))
     assert head == "data:image/jpeg;base64" and sent.size == (33, 22)
     assert all(abs(a - b) < 6 for a, b in zip(sent.getpixel((9, 9)), (200, 30, 30)))
-    monkeypatch.delenv(data.KEY)
+    monkeypatch.delenv("OPENAI_API_KEY")
     data.Endpoint(server.url, "m")(talk())
     assert "Authorization" not in server.headers[1][1]
 
@@ -907,11 +942,42 @@ def test_a_server_that_stumbles_is_asked_again_with_growing_pauses(serve, monkey
     ((200, {"choices": [{"message": {"content": None}}]}), 3, "no text"), ((200, []), 3, "TypeError"),
     ((400, {"error": "too long"}), 1, "HTTP 400, .*too long")])
 def test_attempts_are_bounded_and_the_key_is_not_shown(serve, monkeypatch, reply, attempts, message):
-    monkeypatch.setenv(data.KEY, "sk-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     server = serve(lambda body: reply)
     with pytest.raises(UserError, match=message) as caught:
         data.Endpoint(server.url, "m", retries=3)(talk())
     assert len(server.bodies) == attempts and "sk-secret" not in str(caught.value) and server.url in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-first\nsk-second", "sk-\u00e9"])
+def test_a_key_that_is_no_line_of_ascii_is_refused_and_not_shown(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve(lambda body: "x")
+    with pytest.raises(UserError, match="one line of ASCII") as caught:
+        data.Endpoint(server.url, "m")(talk())
+    assert "sk-" not in str(caught.value) and not server.bodies
+
+
+def test_a_long_key_is_masked_before_the_message_is_cut(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-" + "abc" * 60)
+    server = serve(lambda body: (401, {"error": "Incorrect API key provided: sk-" + "abc" * 60}))
+    with pytest.raises(UserError, match="provided: \\*\\*\\*") as caught:
+        data.Endpoint(server.url, "m")(talk())
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_reply_that_was_cut_before_its_text_is_void_and_half_a_character_is_replaced(serve):
+    cut = {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
+    assert data.Endpoint(serve(lambda body: (200, cut)).url, "m")(talk()) == ""
+    assert data.Endpoint(serve(lambda body: "a\ud83db").url, "m")(talk()) == "a?b"
+
+
+def test_one_refused_conversation_is_over_and_a_server_that_refuses_all_is_an_error(serve):
+    server = serve(lambda body: (400, {"error": "no"}) if "bad" in json.dumps(body) else "hm")
+    speak = data.speaker(data.Endpoint(server.url, "m"))
+    with pytest.raises(data.Refusal):
+        speak([talk("bad")])
+    assert speak([talk("good")]) == ["hm"] and speak([talk("bad"), talk("good")]) == [None, "hm"]
 
 
 def test_a_server_that_is_not_there_and_urls_that_are_none(serve):
@@ -921,7 +987,7 @@ def test_a_server_that_is_not_there_and_urls_that_are_none(serve):
         data.Endpoint(slow.url, "m", timeout=0.05, retries=2)(talk())
     with pytest.raises(UserError, match="URLError.*refused"):
         data.Endpoint(url.replace(url.split(":")[2], "9/v1"), "m", retries=2)(talk())
-    for url in ("file:///etc/passwd", "localhost:8000/v1", "http://user:pass@host/v1", "ftp://host", "", "exakt"):
+    for url in ("http://[::1/v1", "file:///etc/passwd", "localhost:8000/v1", "http://user:pass@host/v1", "ftp://host", "", "exakt"):
         with pytest.raises(UserError, match="a server is given as http"):
             data.Endpoint(url, "m")
 
