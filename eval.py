@@ -374,7 +374,7 @@ def main(cfg: Config) -> None:
     print(f"{len(episodes)} episodes in {results['seconds']} s; results, curve.png and trajectories.html in {cfg.out}")
 
 
-REAL = Config(max_turn_tokens=1024, max_context=32_768, slots=16)
+REAL = Config(max_turn_tokens=1024, max_context=32_768, slots=4)
 PRESETS = {"tiny": Config(), "qwen3b": REAL, "qwen7b": dataclasses.replace(REAL, quantize="nf4"),
            "paper": dataclasses.replace(REAL, max_pixels=(2_000_000,))}
 

@@ -453,6 +453,8 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = Path(name)
     if name == "tiny":
+        if lora_rank or quantize:
+            raise data.UserError("tiny starts from random weights: adapters and 4 bits need a saved base, say runs/sft")
         tokenizer, protocol = tiny_tokenizer(), TINY_PROTOCOL
         processor = transformers.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=1,
                                                           min_pixels=16 * 16, max_pixels=1024 * 1024)
@@ -523,6 +525,8 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
     policy = Policy(model, tokenizer, processor, protocol, name)
     if tokenizer.chat_template and not same_layout(policy):
         warnings.warn(f"{name}: its chat template lays tokens out in another way than we do; it may do badly")
+    policy.encoded.clear()
+    policy.encode("\n")                    # the comparison has changed the tokenizer's setting, see Policy
     return policy
 
 
@@ -619,7 +623,7 @@ def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> 
         return sampled_logprobs(policy, hidden, temperature).gather(1, token[:, None])[:, 0]
 
     # Log-probs of all V tokens exist for LOGIT_ROWS positions at a time only; the backward pass makes them again.
-    chosen = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(
+    chosen = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in zip(
         hidden[before].split(LOGIT_ROWS), ids[sampled].split(LOGIT_ROWS))])          # (N,)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(sampled, chosen)
 
@@ -661,6 +665,13 @@ def add_gradients(policy: Policy, loss_of: Callable, batches: list[list]) -> Ite
     `loss_of` returns (a scalar to minimise, anything else); yields (its value, that) per batch.
     """
     weights = [p for p in policy.model.parameters() if p.requires_grad]
+    dropout = any(isinstance(module, nn.Dropout) and module.p for module in policy.model.modules())
+    if policy.device.type != "cpu" or dropout:       # in turn: one copy of the gradients, one random generator
+        for batch in batches:
+            loss, more = loss_of(batch)
+            loss.backward()
+            yield loss.item(), more
+        return
 
     def one(batch: list):
         loss, more = loss_of(batch)

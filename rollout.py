@@ -135,7 +135,7 @@ class Transcript:
             self.probe, np.array(self.ids, np.int64), np.array(self.mask, bool), np.array(self.logprobs, np.float32),
             self.env.crops[:images - 1], self.env.turn, self.stop, answer,
             grade(answer, self.probe.answer, self.probe.options), self.env.errors,
-            (self.policy.protocol.min_pixels, self.policy.protocol.max_pixels), self.features[:images] or None)
+            (self.policy.protocol.min_pixels, self.policy.protocol.max_pixels), self.features or None)
 
 
 def replay(policy: Policy, probe: data.Probe, texts: list[str], make_env: type[CropEnv] = CropEnv) -> Episode:
@@ -190,15 +190,16 @@ class SlotCache(Cache):
         self.slots, self.capacity, self.visible = slots, 0, 0
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
-    def address(self, rows: Tensor, starts: Tensor, length: int) -> Tensor:
-        """The next forward writes `length` tokens of `rows` (B,) from `starts` (B,) on. Grows the cache if it must.
+    def address(self, rows: Tensor, starts: list[int], length: int) -> Tensor:
+        """The next forward writes `length` tokens of `rows` (B,) from `starts` on. Grows the cache if it must.
 
         Returns the attention mask (B, 1, length, K): a token sees its own row up to itself. Either all slots in
         order, or any few of them (whose keys are then copied for the forward).
         """
         self.rows = rows
-        self.columns = starts[:, None] + torch.arange(length, device=rows.device)      # (B, q)
-        self.visible = int(starts.max()) + length
+        self.columns = (torch.tensor(starts, device=rows.device)[:, None]
+                        + torch.arange(length, device=rows.device))                    # (B, q)
+        self.visible = max(starts) + length
         if self.visible > self.capacity:
             self.capacity = -(-self.visible // 256) * 256
             for layer in self.layers:
@@ -224,6 +225,9 @@ class SlotCache(Cache):
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
+
+READ_TOKENS = 16_384      # prompts and observations in one forward, padding included: what is left comes next
+
 
 class Group:
     """The rollouts of one question. The first in a slot reads the prompt, the others copy its keys and values."""
@@ -314,8 +318,9 @@ def _play(policy: Policy, queue: deque[Group], slots: int, start: Callable, max_
         _share_prompts(policy, cache, rows)
         reading = [slot for slot in live if rows[slot].unread > 1 and not rows[slot].waits]
         turn = [slot for slot in live if rows[slot].unread == 1]
-        if reading and len(reading) >= len(turn) / 2:          # let readers gather: a forward costs much, a row little
-            turn = reading
+        unread = sum(rows[slot].unread > 1 for slot in live)   # those that wait for a reader of their group, too
+        if reading and unread >= len(turn) / 2:                # let readers gather: a forward costs much, a row little
+            turn = reading[:max(1, READ_TOKENS // max(rows[slot].unread for slot in reading))]
         logprobs = _forward(policy, cache, rows, turn, temperature, keep_features)         # (B, V)
         for slot, token, logprob in zip(turn, *_sample(logprobs, [rows[s].random.random() for s in turn], temperature)):
             transcript = rows[slot].transcript
@@ -368,7 +373,7 @@ def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: lis
         if keep_features:
             row.transcript.features += [(grid, tokens.cpu()) for grid, tokens in itertools.islice(kept, len(shown))]
     to = policy.device
-    mask = cache.address(torch.tensor(batch, device=to), torch.tensor(starts, device=to), length)
+    mask = cache.address(torch.tensor(batch, device=to), starts, length)
     hidden = policy.base.model(
         input_ids=torch.from_numpy(ids).to(to), position_ids=torch.from_numpy(positions).to(to),
         attention_mask=mask, past_key_values=cache, use_cache=True, **policy.seen(features)).last_hidden_state

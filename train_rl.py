@@ -39,7 +39,7 @@ class Config(TrainFlags):
     init: Path = Path("runs/sft")      # the policy to start from: a run of train_sft.py, or what its --base takes
     out: Path = Path("runs/rl")        # run directory
     seed: int = 0                      # questions and sampling
-    steps: int = 30                    # rollout phases
+    steps: int = 45                    # rollout phases
     questions: int = 24                # Q, groups with spread per step
     group_size: int = 8                # G, rollouts per question
     updates: int = 2                   # optimizer steps per rollout phase, each on its share of the questions
@@ -196,10 +196,20 @@ def gather_groups(cfg: Config, policy, step: int, published: Sequence[data.Probe
         judge_all(episodes, judge)
         groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
         rolled += groups
-        kept += [g for g in groups if len({e.reward for e in g}) > 1 and all(e.judged for e in g)]
+        for group in groups:
+            if len({e.reward for e in group}) > 1 and all(e.judged for e in group):
+                kept.append(group)
+            else:
+                forget(group)
         if len(kept) == cfg.questions:
             break
     return kept, rolled
+
+
+def forget(episodes: list[Episode]) -> None:
+    """Frees the visual tokens of episodes that are not trained on (again): 9 MB for a view of 1 megapixel, at 7B."""
+    for episode in episodes:
+        episode.features = None
 
 
 def padded(episodes: list[Episode], values: str, device) -> Tensor:
@@ -268,6 +278,7 @@ def main(cfg: Config) -> None:
             norms += [] if bad else [norm]
             skipped += bad
 
+        forget(everything)
         mean = lambda values: sum(values) / max(1, len(values))
         nll = -sum(float(e.logprobs.sum()) for e in everything)
         sampled_tokens = sum(int(e.assistant_mask.sum()) for e in everything)

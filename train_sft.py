@@ -203,8 +203,8 @@ def save_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: 
 
 def frozen_sum(policy: Policy) -> int:
     """The sum of all bytes of the weights that are not trained, which state.pt does not hold: are they the same?"""
-    return sum(int(p.detach().flatten().view(torch.uint8).sum(dtype=torch.int64))
-               for p in policy.model.parameters() if not p.requires_grad)
+    return sum(int(part.sum(dtype=torch.int64)) for p in policy.model.parameters() if not p.requires_grad
+               for part in p.detach().flatten().view(torch.uint8).split(1 << 24))      # a sum copies what it sums
 
 
 def load_run(out: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:

@@ -4,7 +4,7 @@ Baseline: transformers' `generate` with its own KV cache, batched, left-padded, 
 images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so many turns, with the
 same weights, alternating in one process: medians after a warm-up.
 
-    $ python tests/bench_rollout.py                       # tiny on the CPU; on CUDA also random:qwen3b and random:qwen7b
+    $ python tests/bench_rollout.py                       # tiny; on CUDA also --base random:qwen3b --max_pixels 1000000
     $ python tests/bench_rollout.py --turns 6 --batch 16 --repeats 3
 """
 import itertools
@@ -23,18 +23,17 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import data
 import rollout as rollout_module
 from env import Crop, CropEnv, format_action
-from model import Policy, load_policy
+from model import Policy, PolicyFlags, load_policy, policy_flags
 from rollout import Row, Transcript, rollout
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     turns: tuple[int, ...] = (6, 32)   # assistant messages per episode
     batch: tuple[int, ...] = (16, 64)  # episodes at once, in groups of 8
     repeats: int = 5                   # runs of each side; the first, a warm-up, comes on top
     base: str = "tiny"                 # any name that load_policy knows
     group_size: int = 8                # G
-    device: str | None = None          # default: cuda if there is one
 
 
 def scripts(policy: Policy, count: int, turns: int) -> list[list[int]]:
@@ -156,7 +155,7 @@ def timed(side, policy: Policy, *args) -> tuple[float, str, dict]:
 
 def main(cfg: Config) -> None:
     torch.manual_seed(0)
-    policy = load_policy(cfg.base, device=cfg.device)
+    policy = load_policy(cfg.base, **policy_flags(cfg))
     print(f"{cfg.base} on {policy.device}, {torch.get_num_threads()} threads, medians of {cfg.repeats} runs\n")
     print("| turns | batch | side | prefill tokens | images encoded | decode tokens/s | episodes/s | seconds | ratio | peak GB |")
     print("|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)

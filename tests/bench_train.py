@@ -4,7 +4,7 @@ Baseline: rows in the order in which they came, as many per forward as the budge
 every position at once, one backward after the other on all of torch's threads. Both sides compute the gradient of the
 same loss over the same rollouts, and it must be the same; they alternate in one process: medians after a warm-up.
 
-    $ python tests/bench_train.py                         # needs runs/sft; --base random:qwen3b on CUDA
+    $ python tests/bench_train.py                # needs runs/sft; on CUDA --base random:qwen3b --lora_rank 16
     $ python tests/bench_train.py --memory_steps 200      # also: resident memory over 200 small steps of GRPO
 """
 import dataclasses
@@ -25,14 +25,14 @@ from tqdm import tqdm
 import data
 import train_rl
 from bench_rollout import peak_gb, reset_peak
-from model import Policy, add_gradients, load_policy, micro_batches, mrope_positions, token_logprobs
+from model import (LoraFlags, Policy, add_gradients, load_policy, micro_batches, mrope_positions, policy_flags,
+                   token_logprobs)
 from rollout import Episode, rollout
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LoraFlags):
     base: str = "runs/sft"             # any name that load_policy knows
-    lora_rank: int | None = None       # adapters of this rank; None trains the whole language model
     questions: int = 12                # Q, of one optimizer step
     group_size: int = 8                # G
     max_turns: int = 6
@@ -40,7 +40,6 @@ class Config:
     micro_tokens: int = 4096           # tokens per forward, padding included
     repeats: int = 5                   # runs of each side; the first, a warm-up, comes on top
     memory_steps: int = 0              # steps of GRPO whose resident memory is plotted
-    device: str | None = None          # default: cuda if there is one
 
 
 def baseline_logprobs(policy: Policy, episodes: list[Episode]) -> torch.Tensor:
@@ -99,7 +98,7 @@ def matrix_rate(policy: Policy, size: int) -> float:
 
 def speed(cfg: Config) -> None:
     torch.manual_seed(0)
-    policy = load_policy(cfg.base, lora_rank=cfg.lora_rank, device=cfg.device)
+    policy = load_policy(cfg.base, **policy_flags(cfg))
     policy.base.model.visual.requires_grad_(False)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     stream = data.probe_stream(data.PROBE_KINDS, ("hard",), 0)

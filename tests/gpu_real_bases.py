@@ -114,11 +114,12 @@ def measure(cfg: Config, preset: str, folder: Path, phases: Phases) -> None:
     train_sft.main(sft)
     phases.enter("RL load")
     train_rl.main(dataclasses.replace(
-        train_rl.PRESETS[preset], init=sft.out, out=folder / "rl", steps=2, questions=1, updates=1, max_turns=cfg.turns,
+        train_rl.PRESETS[preset], init=sft.out, out=folder / "rl", steps=2, questions=2, updates=1, max_turns=cfg.turns,
         group_size=cfg.group_size, max_turn_tokens=length, **views))
     phases.enter("evaluation load")
+    slots = eval_script.PRESETS[preset].slots
     eval_script.main(eval_script.Config(
-        init=folder / "rl", out=folder / "eval", count=1, samples=2, turn_limits=(cfg.eval_turns,), quantize=sft.quantize,
+        init=folder / "rl", out=folder / "eval", count=1, samples=slots, slots=slots, turn_limits=(cfg.eval_turns,), quantize=sft.quantize,
         max_context=1 << 17, max_turn_tokens=length, shown=1, device=cfg.device, max_pixels=(cfg.pixels,)))
     phases.enter("end")
 

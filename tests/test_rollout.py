@@ -493,7 +493,7 @@ def test_sampling_follows_the_distribution():
 
 def write(cache, rows, starts, length):
     """One forward's worth of random keys and values through both layers: (mask, what the layers return)."""
-    mask = cache.address(torch.tensor(rows), torch.tensor(starts), length)
+    mask = cache.address(torch.tensor(rows), starts, length)
     new = [torch.randn(2, len(rows), 2, length, 4) for _ in cache.layers]
     return mask, new, [layer.update(*pair) for layer, pair in zip(cache.layers, new)]
 
