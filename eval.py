@@ -104,7 +104,7 @@ def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
         return probe                                       # its photograph stays on disk until its turn comes
     image = probe.open()
     if control == "blind":
-        image = Image.new("RGB", fit_pixels(image, 1, policy.protocol.max_pixels).size, (128, 128, 128))
+        image = Image.new("RGB", image.size, (128, 128, 128))
     if control == "overview":
         image = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels).resize(image.size)
     return dataclasses.replace(probe, image=image)
