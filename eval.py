@@ -324,8 +324,8 @@ def play_all(cfg: Config, policy: Policy | None, protocol: Protocol, probes: lis
 
 @memory_advice("--slots", "--max_context", "--turn_limits")
 def main(cfg: Config) -> None:
-    numbers = (*cfg.turn_limits, cfg.samples, cfg.slots, *cfg.max_pixels, 400 if cfg.count is None else cfg.count)
-    if not cfg.turn_limits or min(numbers) < 1:
+    count = 400 if cfg.count is None else cfg.count
+    if not cfg.turn_limits or min(*cfg.turn_limits, cfg.samples, cfg.slots, *cfg.max_pixels, count) < 1:
         raise data.UserError("--turn_limits, --samples, --slots, --max_pixels and --count start at 1")
     if cfg.endpoint and (cfg.control != "none" or not cfg.model):
         raise data.UserError("--endpoint needs --model NAME, and plays no --control")
@@ -333,7 +333,7 @@ def main(cfg: Config) -> None:
         probes = data.load_probes(cfg.data, cfg.count, cfg.max_image_pixels)
     else:
         stream = data.probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
-        probes = [next(stream) for _ in range(400 if cfg.count is None else cfg.count)]
+        probes = [next(stream) for _ in range(count)]
     limits = tuple(sorted(cfg.turn_limits))
     against = []
     for other in cfg.against:

@@ -96,13 +96,11 @@ def load_written(cfg: Config) -> list[data.Trajectory]:
 
 def draw_written(cfg: Config, policy: Policy, step: int, written: list[data.Trajectory]) -> list[Episode]:
     """The next `batch` written trajectories: every epoch has all of them, in an order of its own."""
-    episodes = []
-    for at in range(step * cfg.batch, (step + 1) * cfg.batch):
-        epoch, place = divmod(at, len(written))
-        order = random.Random(f"sft/{cfg.seed}/epoch {epoch}").sample(range(len(written)), len(written))
-        trajectory = written[order[place]]
-        episodes.append(replay(policy, trajectory.probe, trajectory.texts[:cfg.max_turns]))
-    return episodes
+    places = [divmod(at, len(written)) for at in range(step * cfg.batch, (step + 1) * cfg.batch)]
+    orders = {epoch: random.Random(f"sft/{cfg.seed}/epoch {epoch}").sample(written, len(written))
+              for epoch in {epoch for epoch, _ in places}}
+    return [replay(policy, trajectory.probe, trajectory.texts[:cfg.max_turns])
+            for trajectory in (orders[epoch][place] for epoch, place in places)]
 
 
 def draw_batch(cfg: Config, policy: Policy, step: int, written: list[data.Trajectory] = ()) -> list[Episode]:

@@ -1,6 +1,7 @@
 """Shared by all tests: the repository on the path, no network, few threads, and small policies with random weights."""
 import json
 import os
+import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,15 @@ settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption("--examples", type=int, default=10_000, help="messages that test_hostile.py draws")
+
+
+@pytest.fixture(autouse=True)
+def old_handlers():
+    """main takes over Ctrl-C and SIGTERM: give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 RAGGED = Protocol("Search the picture.", "Observation {label}:", "That failed: {error}", 32 * 32, 96 * 96)

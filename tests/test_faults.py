@@ -41,15 +41,6 @@ def without_times(out) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in lines(out)]
 
 
-@pytest.fixture(autouse=True)
-def old_handlers():
-    """main takes over Ctrl-C and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
     """A saved policy with random weights."""

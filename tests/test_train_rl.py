@@ -38,7 +38,6 @@ import math
 import random
 import re
 import runpy
-import signal
 import sys
 from pathlib import Path
 
@@ -62,15 +61,6 @@ KEYS = TIMES | {
     "step", "reward", "stop/answer", "stop/over_turn", "stop/over_images", "stop/over_context", "stop/void", "wrong",
     "accuracy", "turns", "crops", "errors", "groups/rolled", "groups/trained", "groups/zero_spread", "clip_fraction",
     "entropy", "grad_norm", "skipped", "trained_tokens", "unjudged", *(f"error/{code}" for code in ERROR_CODES if code != "no_action")}
-
-
-@pytest.fixture(autouse=True)
-def old_handlers():
-    """main takes over Ctrl-C and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def lines(out) -> list[dict]:

@@ -28,15 +28,6 @@ ROOT = Path(train_sft.__file__).parent
 TIMES = {"time/step", "time/wait", "time/draw", "memory_gb"}          # the metrics that no seed fixes
 
 
-@pytest.fixture(autouse=True)
-def old_handlers():
-    """main takes over Ctrl-C and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def small(out, **changes) -> Config:
     """Two steps of warm-up, then two-message searches."""
     settings = dict(out=Path(out), steps=4, warmup_steps=2, warmup_batch=2, batch=2, kinds=("attribute",),
