@@ -209,8 +209,8 @@ def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
     noise = np.zeros((side, side, channels), np.float32)
     for octave, strength in ((3, 0.45), (9, 0.32), (27, 0.23)):
         small = rng.integers(0, 256, (octave, octave, channels), dtype=np.uint8)
-        bands = [Image.fromarray(small[..., c]).resize((side, side), Image.Resampling.BICUBIC) for c in range(channels)]
-        noise += strength * (np.stack(bands, 2).astype(np.float32) / 127.5 - 1)
+        band = Image.fromarray(small[..., 0] if channels == 1 else small).resize((side, side), Image.Resampling.BICUBIC)
+        noise += strength * (np.asarray(band, np.float32).reshape(noise.shape) / 127.5 - 1)
     return noise
 
 
@@ -224,7 +224,13 @@ def _background(side: int, contrast: float, photo: Image.Image | None, rng: np.r
         w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
         left, top = int(rng.integers(0, photo.width - w + 1)), int(rng.integers(0, photo.height - h + 1))
         part = ImageOps.fit(photo.crop((left, top, left + w, top + h)), (side, side), Image.Resampling.LANCZOS)
-    return part.point(lambda v: min(175, max(0, 96 + (v - 127.5) * contrast / 70)))
+    return part.point(_levels(contrast) * 3)
+
+
+@functools.cache
+def _levels(contrast: float) -> list[int]:
+    """For each of the 256 values of a pixel, what it is pulled to."""
+    return [round(min(175, max(0, 96 + (v - 127.5) * contrast / 70))) for v in range(256)]
 
 
 # ------------------------------------------------------------------------------------------------ probes
@@ -916,13 +922,15 @@ def collect(probes: list[Probe], speak: Callable[[list], list], **env_options) -
 
 
 def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impatience: tuple[float, float],
-               patient_share: float, slip: float, max_turns: int, **env_options) -> Iterator[Trajectory]:
+               patient_share: float, slip: float, max_turns: int, unplayed: bool = False,
+               **env_options) -> Iterator[Trajectory]:
     """Endless correct trajectories of the scripted searcher (paper, section 3.2: only those that end right).
 
     trial_share: share of trial-and-error searches, the rest being depth-first. impatience: (lowest, highest), drawn
     log-uniformly for each search: of those that go on for long, too, some give up at every length. patient_share:
-    share of searches without impatience, whatever their length: they teach what a long search looks like. Raises
-    UserError for an impatience that is no range above 0.
+    share of searches without impatience, whatever their length: they teach what a long search looks like. unplayed:
+    for a caller who plays them, and sees then whether they end right. Raises UserError for an impatience that is no
+    range above 0.
     """
     low, high = impatience
     if not 0 < low <= high:
@@ -934,6 +942,9 @@ def cold_start(probes: Iterator[Probe], seed: int, *, trial_share: float, impati
         script = search_script(probe, rng, pattern=pattern, impatience=hurry, slip=slip)
         if len(script) > max_turns or not script[-1].endswith(f"<answer>{probe.answer}</answer>"):
             continue                                  # known to fail: spares the drawing
+        if unplayed:
+            yield Trajectory(probe, script, "", 0.0, pattern)
+            continue
         trajectory, = collect([probe], lambda _: [script.pop(0)], max_turns=max_turns, **env_options)
         if trajectory.reward == 1.0:
             trajectory.pattern = pattern

@@ -21,7 +21,9 @@ Three rules keep a multi-turn conversation exact (measured in transformers 5.23,
 
 Read next: rollout.py.
 """
+import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -48,6 +50,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import data
 import env
@@ -88,7 +91,8 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         "What color is the tag with ", "the ", " and ", "What number is on sign ", "What number is left of the ",
         "<think>", "</think>", "<answer>", "</answer>", '<grounding>{"bbox_2d": [',
         '], "source": "original_image"}</grounding>', '], "source": "observation_', '"}</grounding>',
-        "want ", ": see ", "nothing", ", ", "yes", "no", "read ", "plates", "next", "after", "try", "guess",
+        "<think>want ", ", want ", ": see ", "nothing", ", yes", ", no", ", read ", "<think>plates", "<think>try",
+        ", next", ", after", ", try", ", guess", ", ",
         *data.SHAPES, *data.COLORS, *coordinates, *(f"{c}, " for c in coordinates),
         *(f" {data.cell_name((x, y))}" for y in range(6) for x in range(6))]
     return byte_tokenizer([], phrases, SPECIAL_TOKENS)
@@ -233,7 +237,26 @@ def batched_windows(module, query, key, value, attention_mask=None, scaling=None
     return torch.cat(outputs)[torch.argsort(torch.cat(order))][None], None
 
 
+def packed(module, query, key, value, attention_mask=None, lengths=None, scaling=None, dropout=0.0, **more):
+    """The language model's attention: transformers' own, or causal inside each of the episodes that lie end to end.
+
+    lengths: tokens of each episode; neighbours of equal length go into one call. (1, H, N, D), keys and values with
+    fewer heads, -> (1, N, H, D).
+    """
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+    runs = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
+    pieces = (t[0].split([length * count for length, count in runs], 1) for t in (query, key, value))
+    outputs = []
+    for (length, count), *parts in zip(runs, *pieces):
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)    # (count, H, length, D)
+        out = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scaling, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))                                   # (count * length, H, D)
+    return torch.cat(outputs)[None], None
+
+
 AttentionInterface.register("flash_batched_windows", batched_windows)
+AttentionInterface.register("packed_episodes", packed)
 transformers.utils.logging.disable_progress_bar()       # of loading and saving: ours are enough
 
 
@@ -452,6 +475,7 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = Path(name)
+    keep_freed_memory()
     if name == "tiny":
         if lora_rank or quantize:
             raise data.UserError("tiny starts from random weights: adapters and 4 bits need a saved base, say runs/sft")
@@ -502,7 +526,7 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
             raise data.UserError(f"cannot load {name}: {where}{reason(error)}") from error
         if report["missing_keys"]:                          # transformers would go on with random weights
             raise data.UserError(f"cannot load {name}: it lacks {min(report['missing_keys'])}")
-    model.set_attn_implementation({"vision_config": "flash_batched_windows"})
+    model.set_attn_implementation({"vision_config": "flash_batched_windows", "text_config": "packed_episodes"})
     if adapter:
         try:
             with warnings.catch_warnings():                 # an adapter for other layers: peft would go on without it
@@ -597,54 +621,64 @@ def sampled_logprobs(policy: Policy, hidden: Tensor, temperature: float = 1.0) -
 def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> Tensor:
     """Log-probs (B, T) of the sampled tokens under the current weights, 0 where `assistant_mask` is 0.
 
-    Differentiable. Rows are padded on the right; causal attention makes padding harmless without a mask.
+    Differentiable. The episodes lie end to end in one row, without padding (`packed`); each sees only itself.
     """
-    length = max(len(episode.token_ids) for episode in episodes)
-    ids = torch.zeros(len(episodes), length, dtype=torch.long)                       # (B, T)
-    sampled = torch.zeros(len(episodes), length, dtype=torch.bool)                   # (B, T)
-    positions = torch.zeros(3, len(episodes), length, dtype=torch.long)              # (3, B, T)
     if any(episode.features is None for episode in episodes):
         features = policy.image_features([view for episode in episodes for view in episode.views()])
     else:
         features = [image for episode in episodes for image in episode.features]
     grids = iter([grid for grid, _ in features])
-    for row, episode in enumerate(episodes):
-        n = len(episode.token_ids)
-        ids[row, :n] = torch.as_tensor(episode.token_ids)
-        sampled[row, :n] = torch.as_tensor(episode.assistant_mask, dtype=torch.bool)
-        own = mrope_positions(np.asarray(episode.token_ids), grids, policy.image_pad, policy.merge)[0]
-        positions[:, row, :n] = torch.from_numpy(own)
-    ids, sampled, positions = (t.to(policy.device) for t in (ids, sampled, positions))
+    ids = np.concatenate([episode.token_ids for episode in episodes])[None]                              # (1, N)
+    positions = np.concatenate([mrope_positions(episode.token_ids, grids, policy.image_pad, policy.merge)[0]
+                                for episode in episodes], 1)[:, None]                                    # (3, 1, N)
+    rows = [torch.from_numpy(episode.assistant_mask) for episode in episodes]
+    sampled, mask = torch.cat(rows), torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)             # (N,), (B, T)
+    ids, positions, sampled, mask = (torch.as_tensor(t).to(policy.device) for t in (ids, positions, sampled, mask))
     hidden = policy.base.model(input_ids=ids, position_ids=positions, use_cache=False,
-                               **policy.seen(features)).last_hidden_state            # (B, T, D)
-    before = F.pad(sampled[:, 1:], (0, 1))                                           # (B, T) where it is predicted
+                               lengths=[len(row) for row in rows], **policy.seen(features)).last_hidden_state[0]
+    before = F.pad(sampled[1:], (0, 1))                   # (N,) where it is predicted; an episode begins with a prompt
 
     def of_chunk(hidden: Tensor, token: Tensor) -> Tensor:
         return sampled_logprobs(policy, hidden, temperature).gather(1, token[:, None])[:, 0]
 
     # Log-probs of all V tokens exist for LOGIT_ROWS positions at a time only; the backward pass makes them again.
     chosen = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in zip(
-        hidden[before].split(LOGIT_ROWS), ids[sampled].split(LOGIT_ROWS))])          # (N,)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(sampled, chosen)
+        hidden[before].split(LOGIT_ROWS), ids[0, sampled].split(LOGIT_ROWS))])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, chosen)
 
 
 LOGIT_ROWS = 512          # positions; at a vocabulary of 152k, 0.3 GB
 
 
-def micro_batches(episodes: list, budget: int, waste: float = 0.1) -> list[list]:
-    """Splits episodes, sorted by length, so that rows x longest row stays within `budget` tokens (one always fits), and
-    at most the share `waste` of that is padding.
+def micro_batches(episodes: list, budget: int) -> list[list]:
+    """Splits episodes into as few batches of at most `budget` tokens as will do (one episode always fits), all of
+    about the same length: on two cores none waits long for the other.
     """
-    batches: list[list] = []
-    tokens = 0
-    for episode in sorted(episodes, key=lambda e: len(e.token_ids)):
-        tokens += len(episode.token_ids)
-        padded = (len(batches[-1]) + 1) * len(episode.token_ids) if batches else 0
-        if not batches or padded > budget or tokens < (1 - waste) * padded:
-            batches.append([])
-            tokens = len(episode.token_ids)
-        batches[-1].append(episode)
-    return batches
+    order = sorted(episodes, key=lambda e: -len(e.token_ids))
+    for count in range(1, len(episodes) + 1):
+        batches: list[list] = [[] for _ in range(count)]
+        tokens = [0] * count
+        for episode in order:                               # the longest first, each into the emptiest batch
+            least = tokens.index(min(tokens))
+            batches[least].append(episode)
+            tokens[least] += len(episode.token_ids)
+        if all(n <= budget or len(batch) == 1 for n, batch in zip(tokens, batches)):
+            return batches
+    return []
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep the memory of freed tensors; elsewhere it changes nothing.
+
+    By default large blocks go back to the system at once, and the next step asks for them again, page by page: a fifth
+    of a training step on two cores. The numbers are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, see mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 1 << 25)
+    mallopt(-1, 1 << 30)
 
 
 def side_by_side(function: Callable, items: list, device: torch.device) -> Iterator:

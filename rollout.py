@@ -21,7 +21,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,7 @@ class Episode:
     reward: float
     errors: list[str] = field(default_factory=list)
     view_pixels: tuple[int, int] = (40_000, 2_000_000)     # min_pixels, max_pixels of the views
+    shown: list | None = None          # the views, where they are kept: of a written trajectory
     features: list | None = None       # per view what a frozen tower made of it (Policy.image_features), on the CPU
     judged: bool = True                                    # False: the judge failed, and the reward means nothing
 
@@ -66,7 +67,9 @@ class Episode:
         return self.stop in ("over_turn", "over_images", "over_context")
 
     def views(self) -> list[Image.Image]:
-        """The images as shown to the model, in order, made again from the probe and the crops."""
+        """The images as shown to the model, in order; mostly made again from the probe and the crops."""
+        if self.shown is not None:
+            return list(self.shown)
         bank = [self.probe.open()]
         for crop in self.crops:
             source = bank[crop.source]
@@ -78,7 +81,7 @@ class Transcript:
     """An episode in the making: its environment and its tokens so far. SFT and RL write their tokens through it."""
 
     def __init__(self, policy: Policy, probe: data.Probe, max_turns: int, max_images: int | None,
-                 make_env: type[CropEnv] = CropEnv, force_answer: str = ""):
+                 make_env: type[CropEnv] = CropEnv, force_answer: str = "", opening: list[dict] | None = None):
         p = policy.protocol
         self.policy, self.probe, self.force_answer = policy, probe, force_answer
         self.env = make_env(probe.open(), p.before_question + probe.prompt(), max_turns, p.min_pixels, p.max_pixels,
@@ -89,7 +92,8 @@ class Transcript:
         self.turn_start = 0                        # index of the first token of the current assistant turn
         self.stop: str | None = None
         self.features: list = []                   # of the views that were read so far
-        self.new_views = self.inject(self.env.reset())
+        self.opening = opening or self.env.reset()              # of another rollout of the question: one view for all
+        self.new_views = self.inject(self.opening)
 
     def inject(self, messages: list[dict]) -> list[Image.Image]:
         """Appends messages of the environment and opens an assistant turn; returns their views."""
@@ -141,12 +145,14 @@ class Transcript:
 def replay(policy: Policy, probe: data.Probe, texts: list[str], make_env: type[CropEnv] = CropEnv) -> Episode:
     """A written trajectory as an episode: the same renderer and mask as a rollout, text in place of sampling."""
     transcript = Transcript(policy, probe, max_turns=len(texts), max_images=None, make_env=make_env)
+    shown = list(transcript.new_views)
     for text in texts:
         for token in [*policy.encode(text), policy.im_end]:
             transcript.sample(token, 0.0)
         if not transcript.end_turn(True, max_context=1 << 30):
             break
-    return transcript.episode()
+        shown += transcript.new_views
+    return replace(transcript.episode(), shown=shown)
 
 
 # ------------------------------------------------------------------------------------------------ the slot cache
@@ -235,6 +241,7 @@ class Group:
     def __init__(self, probe: data.Probe, indices: range):
         self.probe, self.waiting = probe, deque(indices)
         self.reader: Row | None = None
+        self.opening: list[dict] | None = None     # the messages before the first turn
         self.prompt: tuple | None = None           # (keys and values, position, features) until all have copied them
         self.copies = len(indices) - 1             # rows that are still to copy them
 
@@ -268,17 +275,18 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     max_turns: assistant messages per episode. max_images: images in the bank, the original included; None = no limit.
     max_context: tokens of a conversation before its last turn. max_turn_tokens: a longer turn is cut, and void.
     temperature: 0 takes the most likely token. seed: each episode has its own generator, so the result does not
-    depend on `slots`. make_env: the world, for controls. force_answer: how the last allowed turn begins,
-    written for the policy and not counted as sampled. keep_features: leave the visual tokens in the episodes, for a
-    training that does not change the tower. progress: a label for a progress bar. Raises UserError for a prompt
-    beyond max_context.
+    depend on `slots`. make_env: the world, for controls; `reset` is called once per question. force_answer: how the
+    last allowed turn begins, written for the policy and not counted as sampled. keep_features: leave the visual tokens
+    in the episodes, for a training that does not change the tower. progress: a label for a progress bar. Raises
+    UserError for a prompt beyond max_context.
     """
     policy.model.train(False)               # a model in training keeps no cache when it checkpoints activations
     groups = [Group(probe, range(i * group_size, (i + 1) * group_size)) for i, probe in enumerate(probes)]
     bar = tqdm(total=len(probes) * group_size, desc=progress, disable=progress is None, leave=False)
 
     def start(index: int, group: Group) -> Row:
-        transcript = Transcript(policy, group.probe, max_turns, max_images, make_env, force_answer)
+        transcript = Transcript(policy, group.probe, max_turns, max_images, make_env, force_answer, group.opening)
+        group.opening = transcript.opening if group.waiting else None
         if len(transcript.ids) > max_context:
             raise data.UserError(f"a prompt of {len(transcript.ids)} tokens exceeds max_context={max_context}")
         return Row(index, transcript, seed, group)
@@ -365,6 +373,10 @@ def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: lis
     grids, kept = iter([grid for grid, _ in features]), iter(features)
     for slot, shown in zip(turn, views):
         row, i = rows[slot], slot if whole else turn.index(slot)
+        if row.unread == 1:                                    # the common case, and the shortest
+            ids[i, 0], positions[:, i, 0] = row.transcript.ids[-1], row.position
+            row.cached, row.position = row.cached + 1, row.position + 1
+            continue
         new = np.array(row.transcript.ids[row.cached:])
         ids[i, :len(new)] = new
         positions[:, i, :len(new)], row.position = mrope_positions(new, grids, policy.image_pad, policy.merge,

@@ -14,6 +14,7 @@ is it the one?); then it learns whole searches. Real bases skip the warm-up. Bat
 
 Read next: train_rl.py.
 """
+import itertools
 import json
 import math
 import platform
@@ -27,7 +28,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 from data import write_atomic
-from env import MAX_IMAGE_PIXELS
+from env import MAX_IMAGE_PIXELS, ImageError
 from model import (FILE_ERRORS, LoraFlags, Policy, add_gradients, load_policy, memory_advice, micro_batches,
                    policy_flags, reason, token_logprobs)
 from rollout import Episode, replay
@@ -118,19 +118,39 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[data.Trajec
         return looks + plans
     probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
     searches = data.cold_start(probes, rng.getrandbits(48), trial_share=cfg.trial_share, impatience=cfg.impatience,
-                               patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns)
-    return [replay(policy, search.probe, search.texts) for search, _ in zip(searches, range(cfg.batch))]
+                               patient_share=cfg.patient_share, slip=cfg.slip, max_turns=cfg.max_turns, unplayed=True)
+    played = (replay(policy, search.probe, search.texts) for search in searches)
+    return list(itertools.islice((episode for episode in played if episode.reward == 1.0), cfg.batch))
+
+
+class Steps(torch.utils.data.Dataset):
+    """The batches of a run, by step. A person's mistake is returned, not raised: a worker would wrap its message."""
+
+    def __init__(self, cfg: Config, policy: Policy, written: list[data.Trajectory]):
+        self.drawn_from = cfg, policy, written
+
+    def __getitem__(self, step: int) -> list[Episode] | Exception:
+        cfg, policy, written = self.drawn_from
+        try:
+            return draw_batch(cfg, policy, step, written)
+        except (data.UserError, ImageError) as error:
+            return error
 
 
 def drawn_ahead(cfg: Config, policy: Policy, start: int,
                 written: list[data.Trajectory] = ()) -> Iterator[list[Episode]]:
-    """The batches of all steps from `start` on, each drawn in a thread while the one before is trained on."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(draw_batch, cfg, policy, start, written)
-        for step in range(start, cfg.steps):
-            batch = ahead.result()
-            ahead = thread.submit(draw_batch, cfg, policy, step + 1, written)
-            yield batch
+    """The batches of all steps from `start` on, drawn in a process of its own while the ones before are trained on.
+
+    A thread would draw as well, but hold up the threads that train: all wait for one interpreter lock.
+    """
+    loader = torch.utils.data.DataLoader(
+        Steps(cfg, policy, written), batch_size=None, sampler=range(start, cfg.steps), collate_fn=lambda batch: batch,
+        num_workers=int(sys.platform == "linux"),       # elsewhere a worker would need a copy of the policy
+        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))      # Ctrl-C is for the one that trains
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def learning_rate(cfg: Config, step: int) -> float:
