@@ -57,8 +57,8 @@ class Episode:
     reward: float
     errors: list[str] = field(default_factory=list)
     view_pixels: tuple[int, int] = (40_000, 2_000_000)     # min_pixels, max_pixels of the views
-    shown: list | None = None          # the views, where they are kept: of a written trajectory
     features: list | None = None       # per view what a frozen tower made of it (Policy.image_features), on the CPU
+    shown: list | None = None          # the views, where they are kept: of a written trajectory
     judged: bool = True                                    # False: the judge failed, and the reward means nothing
 
     @property

@@ -14,6 +14,7 @@ is it the one?); then it learns whole searches. Real bases skip the warm-up. Bat
 
 Read next: train_rl.py.
 """
+import ctypes
 import itertools
 import json
 import math
@@ -137,6 +138,12 @@ class Steps(torch.utils.data.Dataset):
             return error
 
 
+def begin_drawing(_worker: int) -> None:
+    """In the process that draws: Ctrl-C is for the one that trains, and if that dies, so does this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)                # PR_SET_PDEATHSIG, see prctl(2)
+
+
 def drawn_ahead(cfg: Config, policy: Policy, start: int,
                 written: list[data.Trajectory] = ()) -> Iterator[list[Episode]]:
     """The batches of all steps from `start` on, drawn in a process of its own while the ones before are trained on.
@@ -145,8 +152,7 @@ def drawn_ahead(cfg: Config, policy: Policy, start: int,
     """
     loader = torch.utils.data.DataLoader(
         Steps(cfg, policy, written), batch_size=None, sampler=range(start, cfg.steps), collate_fn=lambda batch: batch,
-        num_workers=int(sys.platform == "linux"),       # elsewhere a worker would need a copy of the policy
-        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))      # Ctrl-C is for the one that trains
+        num_workers=int(sys.platform == "linux"), worker_init_fn=begin_drawing)     # elsewhere it needs a second policy
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch

@@ -659,8 +659,9 @@ def test_log_probs_equal_a_forward_per_row_by_plain_transformers_for_lora_too(lo
         torch.testing.assert_close(row[:len(naive)], naive, atol=1e-5, rtol=0)
 
 
-def test_padding_changes_no_row(ragged):
+def test_episodes_end_to_end_do_not_see_each_other(ragged):
     episodes = written_episodes(ragged)
+    episodes = [episodes[0], episodes[0], *episodes]                  # neighbours of equal length go into one call
     with torch.no_grad():
         together = token_logprobs(ragged, episodes)
         for row, episode in zip(together, episodes):
@@ -697,6 +698,16 @@ def test_banned_tokens_have_no_probability_and_the_others_all_of_it(policy, qwen
 
 
 # ---------------------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("library", [OSError("no glibc"), SimpleNamespace()])
+def test_where_glibc_is_missing_its_memory_is_left_alone(library, monkeypatch):
+    def load(_name):
+        if isinstance(library, OSError):
+            raise library
+        return library
+    monkeypatch.setattr(model_module.ctypes, "CDLL", load)
+    model_module.keep_freed_memory()
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))

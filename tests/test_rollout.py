@@ -319,6 +319,8 @@ def test_a_replay_is_the_rollout_that_says_the_same(ragged, say):
         for name in ("crops", "turns", "stop", "answer", "reward", "errors", "view_pixels", "probe"):
             assert getattr(written, name) == getattr(sampled, name), name
         assert not written.logprobs.any()
+        kept = written.views()
+        assert [v.tobytes() for v in kept] == [v.tobytes() for v in sampled.views()] and kept == written.shown != []
 
 
 def test_a_replay_ends_where_the_world_ends_it(ragged):
@@ -350,6 +352,16 @@ class Witness(CropEnv):
         part = super()._view(image)
         self.seen.setdefault(self.question, []).append(part["image"])
         return part
+
+
+def test_the_rollouts_of_a_question_share_its_first_view(ragged, say):
+    Witness.seen = {}
+    probes = [data.Probe(noise(200, 100, seed=i), f"question {i}", "4") for i in range(2)]
+    episodes = say(ragged, probes, [[look((0.0, 0.0, 0.5, 1.0)), answer("4")]] * 6, group_size=3)
+    assert len({tuple(e.token_ids) for e in episodes}) == 2 and all(e.reward == 1.0 for e in episodes)
+    Witness.seen = {}
+    assert say(ragged, probes, [[answer("4")]] * 6, group_size=3, make_env=Witness)
+    assert {name: len(views) for name, views in Witness.seen.items()} == {"question 0": 1, "question 1": 1}
 
 
 def test_views_made_again_are_those_that_were_shown(ragged, say):

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 import train_rl
 import train_sft
-from model import load_policy, token_logprobs
+from model import load_policy, micro_batches, token_logprobs
 from rollout import messages, replay, rollout
 from train_sft import Config, draw_batch, drawn_ahead, learning_rate, write_atomic
 
@@ -99,14 +99,12 @@ def test_only_predictions_of_assistant_tokens_get_a_gradient(tmp_path, monkeypat
     policy.base.model.register_forward_hook(keep)
     monkeypatch.setattr(train_sft, "load_policy", lambda *_, **__: policy)
     cfg = small(tmp_path, steps=1, warmup_steps=0, micro_tokens=10**6)
-    episodes = sorted(draw_batch(cfg, policy, 0), key=lambda e: len(e.token_ids))
+    episodes, = micro_batches(draw_batch(cfg, policy, 0), 10**6)
     train_sft.main(cfg)
     hidden, = seen
-    for row, episode in enumerate(episodes):
-        moved = hidden.grad[row].abs().amax(-1) > 0                       # (T,)
-        expected = np.zeros(len(moved), bool)
-        expected[:len(episode.assistant_mask) - 1] = episode.assistant_mask[1:]
-        assert moved.tolist() == expected.tolist()
+    moved = hidden.grad[0].abs().amax(-1) > 0                             # (N,) the episodes end to end
+    for episode, own in zip(episodes, moved.split([len(e.token_ids) for e in episodes]), strict=True):
+        assert own.tolist() == [*episode.assistant_mask[1:], False]
     assert not episodes[0].assistant_mask[0] and 0 < episodes[0].assistant_mask.mean() < 0.9
 
 
@@ -234,6 +232,38 @@ def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path):
     cfg, policy = small(tmp_path, steps=4), tiny()
     ahead = [tokens(batch) for batch in drawn_ahead(cfg, policy, 1)]
     assert ahead == [tokens(draw_batch(cfg, policy, step)) for step in (1, 2, 3)]
+
+
+def test_a_mistake_in_a_batch_drawn_ahead_arrives_in_its_turn_and_in_its_words(tmp_path, monkeypatch):
+    def draw(_cfg, _policy, step, _written):
+        if step == 2:
+            raise data.UserError("row 7: what it is")
+        return [step]
+    monkeypatch.setattr(train_sft, "draw_batch", draw)
+    ahead = drawn_ahead(small(tmp_path, steps=4), tiny(), 0)
+    assert [next(ahead), next(ahead)] == [[0], [1]]
+    with pytest.raises(data.UserError, match="^row 7: what it is$"):
+        next(ahead)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no such process")
+def test_the_process_that_draws_ends_with_the_one_that_trains(tmp_path):
+    """Also when that is killed; at most five seconds later, say the makers of DataLoader."""
+    training = subprocess.Popen([sys.executable, str(ROOT / "train_sft.py"), "--out", str(tmp_path), "--device", "cpu",
+                                 "--warmup_batch", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{training.pid}/task/{training.pid}/children")
+    try:
+        while training.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        drawing, = children.read_text().split()
+    finally:
+        training.kill()
+        training.wait()
+    for _ in range(200):
+        if not Path(f"/proc/{drawing}").exists() or "\nState:\tZ" in Path(f"/proc/{drawing}/status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {drawing} is still there")
 
 
 def test_the_cold_start_shows_only_searches_that_end_right(tmp_path):
