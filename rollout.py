@@ -19,8 +19,11 @@ Read next: train_sft.py.
 """
 import itertools
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +37,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import data
 from env import MAX_IMAGE_PIXELS, Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
-from model import (Policy, PolicyFlags, load_policy, memory_advice, mrope_positions, policy_flags,
+from model import (Policy, PolicyFlags, load_policy, memory_advice, mrope_positions, policy_flags, reason,
                    sampled_logprobs, side_by_side)
 
 
@@ -157,6 +160,9 @@ def replay(policy: Policy, probe: data.Probe, texts: list[str], make_env: type[C
 
 # ------------------------------------------------------------------------------------------------ the slot cache
 
+BUCKET = 256              # the cache grows by so many columns
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, (slots, H, S, D); `SlotCache.address` says which rows write, and where."""
 
@@ -202,17 +208,24 @@ class SlotCache(Cache):
         Returns the attention mask (B, 1, length, K): a token sees its own row up to itself. Either all slots in
         order, or any few of them (whose keys are then copied for the forward).
         """
-        self.rows = rows
-        self.columns = (torch.tensor(starts, device=rows.device)[:, None]
-                        + torch.arange(length, device=rows.device))                    # (B, q)
-        self.visible = max(starts) + length
-        if self.visible > self.capacity:
-            self.capacity = -(-self.visible // 256) * 256
-            for layer in self.layers:
-                if layer.is_initialized:
-                    room = (0, 0, 0, self.capacity - layer.keys.shape[2])
-                    layer.keys, layer.values = F.pad(layer.keys, room), F.pad(layer.values, room)
-        return torch.arange(self.visible, device=rows.device) <= self.columns[:, None, :, None]
+        self.reserve(max(starts) + length)
+        columns = torch.tensor(starts, device=rows.device)[:, None] + torch.arange(length, device=rows.device)  # (B, q)
+        return self.place(rows, columns, max(starts) + length)
+
+    def place(self, rows: Tensor, columns: Tensor, visible: int) -> Tensor:
+        """The same for columns (B, q) on the device, of which all are below `visible`: K."""
+        self.rows, self.columns, self.visible = rows, columns, visible
+        return torch.arange(visible, device=rows.device) <= columns[:, None, :, None]
+
+    def reserve(self, length: int) -> None:
+        """Makes room for rows of this length."""
+        if length <= self.capacity:
+            return
+        self.capacity = -(-length // BUCKET) * BUCKET
+        for layer in self.layers:
+            if layer.is_initialized:
+                room = (0, 0, 0, self.capacity - layer.keys.shape[2])
+                layer.keys, layer.values = F.pad(layer.keys, room), F.pad(layer.values, room)
 
     def read(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of the first `length` keys and values of a slot, (H, length, D) each, per layer."""
@@ -228,6 +241,66 @@ class SlotCache(Cache):
         self.slots = len(rows)
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+class Decoder:
+    """One token for every slot: the hidden states (slots, 1, D) behind it.
+
+    At one token per row a GPU runs the kernels faster than Python launches them. So there they are recorded once, over
+    buffers that stay where they are, for each BUCKET of visible keys (a CUDA graph), and then replayed. A recording
+    that does not give what the plain step gives is not used.
+    """
+
+    def __init__(self, policy: Policy, cache: SlotCache):
+        self.policy, self.cache = policy, cache
+        self.size, self.recorded, self.records = None, {}, policy.device.type == "cuda"
+
+    def __call__(self, ids: np.ndarray, positions: np.ndarray, starts: list[int]) -> Tensor:
+        visible = max(starts) + 1
+        self.cache.reserve(visible)
+        if self.size != (self.cache.slots, self.cache.capacity):                         # keys and values have moved
+            self.size, self.recorded = (self.cache.slots, self.cache.capacity), {}
+            empty = torch.zeros(5, self.cache.slots, 1, dtype=torch.long, device=self.policy.device)
+            self.ids, self.columns, self.positions = empty[0], empty[1], empty[2:]
+            self.inputs, self.rows = empty, torch.arange(self.cache.slots, device=self.policy.device)
+        self.inputs.copy_(torch.from_numpy(np.stack([ids, np.array(starts)[:, None], *positions])))
+        if not self.records:
+            return self.step(visible)
+        visible = -(-visible // BUCKET) * BUCKET
+        if visible not in self.recorded:
+            self.recorded[visible] = self.record(visible)
+        return self.recorded[visible]()
+
+    def step(self, visible: int) -> Tensor:
+        mask = self.cache.place(self.rows, self.columns, visible)
+        return self.policy.base.model(input_ids=self.ids, position_ids=self.positions, attention_mask=mask,
+                                      past_key_values=self.cache, use_cache=True).last_hidden_state
+
+    def record(self, visible: int) -> Callable[[], Tensor]:
+        """The recorded step. A step may run again: it writes the same keys to the same place."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):                                                   # libraries set themselves up
+            for _ in range(3):
+                expected = self.step(visible).clone()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                hidden = self.step(visible)
+            graph.replay()
+            problem = "" if torch.allclose(hidden, expected, rtol=0.02, atol=0.02) else "it computes something else"
+        except RuntimeError as error:
+            problem = reason(error)
+        if problem:
+            warnings.warn(f"decoding without a CUDA graph, which is slower: {problem}")
+            self.records = False
+            return lambda: self.step(visible)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return hidden
+        return replay
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -252,6 +325,7 @@ class Row:
     def __init__(self, index: int, transcript: Transcript, seed: int, group: Group):
         self.index, self.transcript, self.group = index, transcript, group
         self.cached, self.position = 0, 0              # tokens in the cache; the next rotary position
+        self.reply: Future | None = None               # of the world, while a thread makes it: does the episode go on?
         self.random = random.Random(f"rollout/{seed}/{index}")
         group.reader = group.reader or self
 
@@ -292,8 +366,9 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
         return Row(index, transcript, seed, group)
 
     def play(share: list[Group]) -> list[tuple[int, Episode]]:
-        return _play(policy, deque(share), max(1, slots // len(shares)), start, max_context, max_turn_tokens,
-                     temperature, keep_features, bar)
+        with ThreadPoolExecutor() if policy.device.type != "cpu" else nullcontext() as pool:
+            return _play(policy, deque(share), max(1, slots // len(shares)), start, max_context, max_turn_tokens,
+                         temperature, keep_features, bar, pool)
 
     # On the CPU each thread has slots of its own; which groups it plays is fixed, so that a run can be repeated.
     threads = torch.get_num_threads() if policy.device.type == "cpu" else 1
@@ -305,12 +380,25 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
 
 @torch.no_grad()
 def _play(policy: Policy, queue: deque[Group], slots: int, start: Callable, max_context: int, max_turn_tokens: int,
-          temperature: float, keep_features: bool, bar: tqdm) -> list[tuple[int, Episode]]:
-    """(index, episode) of all rollouts of the groups in `queue`, in the order in which they end."""
+          temperature: float, keep_features: bool, bar: tqdm,
+          pool: ThreadPoolExecutor | None) -> list[tuple[int, Episode]]:
+    """(index, episode) of all rollouts of the groups in `queue`, in the order in which they end.
+
+    pool: threads in which the world replies (images are cut and resized) while other rows decode; the replies are
+    waited for when there is enough to read, so that what happens does not depend on how fast they are.
+    """
     slots = min(slots, sum(len(group.waiting) for group in queue))
     rows: list[Row | None] = [None] * slots
     cache = SlotCache(policy.base.config.text_config.num_hidden_layers, slots)
-    episodes = []
+    decoder, episodes = Decoder(policy, cache), []
+
+    def replied(slot: int, goes_on: bool) -> None:
+        rows[slot].reply = None
+        if not goes_on:
+            episodes.append((rows[slot].index, rows[slot].transcript.episode()))
+            rows[slot] = None
+            bar.update()
+
     while True:
         for slot, row in enumerate(rows):
             if row is None and queue:
@@ -324,21 +412,27 @@ def _play(policy: Policy, queue: deque[Group], slots: int, start: Callable, max_
             cache.keep(torch.tensor(live, device=policy.device))
             rows, live = [rows[slot] for slot in live], list(range(len(live)))
         _share_prompts(policy, cache, rows)
-        reading = [slot for slot in live if rows[slot].unread > 1 and not rows[slot].waits]
-        turn = [slot for slot in live if rows[slot].unread == 1]
-        unread = sum(rows[slot].unread > 1 for slot in live)   # those that wait for a reader of their group, too
+        replies = [slot for slot in live if rows[slot].reply]
+        there = [slot for slot in live if not rows[slot].reply]
+        reading = [slot for slot in there if rows[slot].unread > 1 and not rows[slot].waits]
+        turn = [slot for slot in there if rows[slot].unread == 1]
+        unread = len(live) - len(turn)                         # those that wait for a reader of their group, too
+        if replies and unread >= len(turn) / 2:
+            for slot in replies:
+                replied(slot, rows[slot].reply.result())
+            continue
         if reading and unread >= len(turn) / 2:                # let readers gather: a forward costs much, a row little
             turn = reading[:max(1, READ_TOKENS // max(rows[slot].unread for slot in reading))]
-        logprobs = _forward(policy, cache, rows, turn, temperature, keep_features)         # (B, V)
+        logprobs = _forward(policy, cache, decoder, rows, turn, temperature, keep_features)         # (B, V)
         for slot, token, logprob in zip(turn, *_sample(logprobs, [rows[s].random.random() for s in turn], temperature)):
             transcript = rows[slot].transcript
             transcript.sample(token, logprob)
             complete = token == policy.im_end
             if complete or len(transcript.ids) - transcript.turn_start >= max_turn_tokens:
-                if not transcript.end_turn(complete, max_context):
-                    episodes.append((rows[slot].index, transcript.episode()))
-                    rows[slot] = None
-                    bar.update()
+                if pool:
+                    rows[slot].reply = pool.submit(transcript.end_turn, complete, max_context)
+                else:
+                    replied(slot, transcript.end_turn(complete, max_context))
 
 
 def _share_prompts(policy: Policy, cache: SlotCache, rows: list[Row | None]) -> None:
@@ -359,11 +453,11 @@ def _share_prompts(policy: Policy, cache: SlotCache, rows: list[Row | None]) -> 
             group.prompt = None
 
 
-def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: list[int], temperature: float,
-             keep_features: bool) -> Tensor:
+def _forward(policy: Policy, cache: SlotCache, decoder: Decoder, rows: list[Row | None], turn: list[int],
+             temperature: float, keep_features: bool) -> Tensor:
     """Reads the unread tokens of the slots in `turn`; log-probs (B, V) of what comes next in each of them."""
     length = max(rows[slot].unread for slot in turn)
-    whole = length == 1 and len(turn) > len(rows) // 2          # one token each: idle slots go along, nothing is copied
+    whole = length == 1 and (decoder.records or len(turn) > len(rows) // 2)    # idle slots go along, nothing is copied
     batch = list(range(len(rows))) if whole else turn
     ids = np.zeros((len(batch), length), np.int64)
     positions = np.zeros((3, len(batch), length), np.int64)
@@ -385,10 +479,13 @@ def _forward(policy: Policy, cache: SlotCache, rows: list[Row | None], turn: lis
         if keep_features:
             row.transcript.features += [(grid, tokens.cpu()) for grid, tokens in itertools.islice(kept, len(shown))]
     to = policy.device
-    mask = cache.address(torch.tensor(batch, device=to), starts, length)
-    hidden = policy.base.model(
-        input_ids=torch.from_numpy(ids).to(to), position_ids=torch.from_numpy(positions).to(to),
-        attention_mask=mask, past_key_values=cache, use_cache=True, **policy.seen(features)).last_hidden_state
+    if whole:
+        hidden = decoder(ids, positions, starts)
+    else:
+        mask = cache.address(torch.tensor(batch, device=to), starts, length)
+        hidden = policy.base.model(
+            input_ids=torch.from_numpy(ids).to(to), position_ids=torch.from_numpy(positions).to(to),
+            attention_mask=mask, past_key_values=cache, use_cache=True, **policy.seen(features)).last_hidden_state
     for i, slot in enumerate(turn):
         row = rows[slot]
         if row.group.copies and not starts[slot if whole else i]:                # it was the prompt
@@ -406,7 +503,9 @@ def _sample(logprobs: Tensor, uniform: list[float], temperature: float) -> tuple
         cumulative = logprobs.double().exp().cumsum(-1)                                  # (B, V)
         level = torch.tensor(uniform, dtype=torch.float64, device=logprobs.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
-    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]                                   # (B,)
+    tokens, chosen = torch.stack([tokens.double(), chosen.double()]).tolist()            # the GPU is waited for once
+    return [int(token) for token in tokens], chosen
 
 
 # ------------------------------------------------------------------------------------------------ reading an episode

@@ -9,7 +9,8 @@ Lines worth flipping, each with the test that then fails:
     _forward     row.cached += len(new) - 1              -> the same, and what_must_be_read_is_read_once
     _forward     last = -1 for all rows                  -> what_was_sampled_..., the_result_does_not_depend_on_slots
     address      `<=` -> `<`; columns without starts     -> what_was_sampled_...
-    address      growth forgets the old contents         -> growing_keeps_what_the_cache_holds, what_was_sampled_...
+    decoder      no columns, or no bucket, in the key    -> a_recorded_step_in_buckets_...
+    reserve      growth forgets the old contents         -> growing_keeps_what_the_cache_holds, what_was_sampled_...
     _sample      right=True -> False; no clamp           -> the_extremes_of_chance_never_pick_a_banned_token
     sample       the end-of-turn token is not masked     -> the_mask_holds_what_was_said_and_nothing_else
     end_turn     no rollback                             -> a_reply_beyond_the_context_is_taken_back
@@ -18,6 +19,8 @@ Lines worth flipping, each with the test that then fails:
 """
 import dataclasses
 import sys
+import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,8 +33,8 @@ import rollout as rollout_module
 from conftest import RAGGED, noise, noise_probes, with_protocol
 from env import Answer, Crop, CropEnv, format_action
 from model import load_policy, mrope_positions, token_logprobs
-from rollout import (Config, Episode, Group, SlotCache, boxes_in_original, describe, draw_search, main, messages, replay,
-                     rollout)
+from rollout import (Config, Decoder, Episode, Group, SlotCache, Transcript, boxes_in_original, describe, draw_search,
+                     main, messages, replay, rollout)
 from test_model import plain_logprobs
 
 Row = rollout_module.Row
@@ -187,7 +190,9 @@ def test_each_image_is_encoded_once_and_what_must_be_read_is_read_once(ragged, s
     episodes = say(ragged, noise_probes(*SIZES[:3]), SEARCHES, group_size=2, max_turns=6, slots=4)
     assert len(shown) == 3 + sum(len(e.crops) for e in episodes)                # the picture once per group
     prompts = [int(np.flatnonzero(e.assistant_mask)[0]) for e in episodes[1::2]]  # copied, but for the last token
-    assert sum(read) == sum(len(e.token_ids) - 1 for e in episodes) - sum(n - 1 for n in prompts)  # nor the last of all
+    one_by_one = sum(int(e.assistant_mask.sum()) - e.turns for e in episodes) + len(prompts)     # what ends a turn is read
+    assert all(n > 1 for n in read)                                                              # with the reply to it
+    assert sum(read) + one_by_one == sum(len(e.token_ids) - 1 for e in episodes) - sum(n - 1 for n in prompts)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
@@ -498,6 +503,91 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(counts, logprobs[0].exp(), atol=1.1e-4, rtol=0)
     assert said == logprobs[0, tokens].tolist()
     assert rollout_module._sample(logprobs, [0.99], 0)[0] == [int(logprobs.argmax())]
+
+
+# ---------------------------------------------------------------------------------------------- as on a GPU
+
+
+def same(episodes, others):
+    for one, two in zip(episodes, others, strict=True):
+        assert one.token_ids.tolist() == two.token_ids.tolist() and (one.stop, one.crops) == (two.stop, two.crops)
+        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [2, 64])
+def test_replies_made_in_threads_change_nothing(talkative, slots, monkeypatch):
+    expected = free_episodes(talkative)
+    monkeypatch.setattr(rollout_module, "nullcontext", rollout_module.ThreadPoolExecutor)
+    end_turn, where = Transcript.end_turn, set()
+    monkeypatch.setattr(Transcript, "end_turn", lambda *args: where.add(threading.get_ident()) or end_turn(*args))
+    same(free_episodes(talkative, slots=slots), expected)
+    assert threading.get_ident() not in where and where
+
+
+def test_an_error_in_a_reply_made_in_a_thread_is_raised(talkative, monkeypatch):
+    monkeypatch.setattr(rollout_module, "nullcontext", rollout_module.ThreadPoolExecutor)
+    monkeypatch.setattr(Transcript, "end_turn", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        free_episodes(talkative)
+
+
+class FakeGraph:
+    """A CUDA graph without CUDA: what is inside the `with` runs once, and replay runs it again."""
+    made: list = []
+
+    def __init__(self):
+        self.made.append(self)
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Rollouts on the CPU take the way of a GPU; a replay is a step in place of it."""
+    FakeGraph.made = []
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(),
+                        "CUDAGraph": FakeGraph, "graph": lambda *_, **__: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    class Recording(Decoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.records = True
+
+        def record(self, visible):
+            super().record(visible)
+            return lambda: self.step(visible)
+
+    monkeypatch.setattr(rollout_module, "Decoder", Recording)
+
+
+@pytest.mark.parametrize("slots", [2, 64])
+def test_a_recorded_step_in_buckets_gives_what_the_plain_one_gives(talkative, slots, recording, monkeypatch):
+    monkeypatch.setattr(rollout_module, "BUCKET", 64)                                 # several of them
+    recorded = free_episodes(talkative, slots=slots)
+    assert len(FakeGraph.made) > 2
+    monkeypatch.setattr(rollout_module, "Decoder", Decoder)
+    same(recorded, free_episodes(talkative))
+
+
+@pytest.mark.parametrize("fault", ["capture", "values"])
+def test_a_recording_that_fails_or_lies_is_not_used(talkative, fault, recording, monkeypatch):
+    if fault == "capture":
+        def broken(*_, **__):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        monkeypatch.setattr(torch.cuda, "graph", broken)
+    else:
+        step, runs = Decoder.step, iter(range(10**6))
+        monkeypatch.setattr(Decoder, "step", lambda self, visible: step(self, visible) + (next(runs) == 3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with pytest.warns(UserWarning, match="without a CUDA graph.*(not permitted$|something else)"):
+        found = free_episodes(talkative)
+    assert len(FakeGraph.made) == 1                                                   # it is not tried again
+    monkeypatch.setattr(rollout_module, "Decoder", Decoder)
+    same(found, free_episodes(talkative))
 
 
 # ---------------------------------------------------------------------------------------------- the cache
