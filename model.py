@@ -13,7 +13,7 @@ Three rules keep a multi-turn conversation exact (measured in transformers 5.23,
   3. Text from the outside (questions, model output, error messages) is encoded with special tokens disabled, and
      special tokens other than end-of-turn are never sampled.
 
-    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
+    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, N tokens of B rollouts end to end, V vocabulary
 
     $ python model.py --base tiny          # what is in it: parameters by part, vocabulary, an example in tokens
     $ python model.py --base random:qwen7b --quantize nf4 --lora_rank 16 --meta       # the same, nothing allocated

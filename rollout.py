@@ -9,7 +9,8 @@ A loop of three steps: (1) free slots take the next episodes, whose prompts wait
 wait, their new tokens (a prompt, or an observation with its image) are read in one padded forward, each row going on
 where it stopped; (3) all other rows sample one token each. A row that samples end-of-turn hands its text to its
 CropEnv, which answers with an observation or ends the episode. Every image is encoded once, every token read once,
-a prompt once for all rollouts of its group. On the CPU, two such loops run side by side on two cores.
+a prompt once for all rollouts of its group. On the CPU, two such loops run side by side on two cores. On a GPU, the
+step of one token per row is recorded once (`Decoder`), and threads cut and resize images while other rows sample.
 
     B rows of a batch, T tokens, V vocabulary, K cached keys
 

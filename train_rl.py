@@ -62,7 +62,7 @@ class Config(TrainFlags):
     max_context: int = 8192            # tokens per rollout before its last turn
     max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void
     temperature: float = 1.0
-    micro_tokens: int = 4096           # tokens per training forward, padding included
+    micro_tokens: int = 4096           # tokens per training forward
     slots: int = 192                   # rollouts at once
     show_every: int = 10               # steps between two printed rollouts
     save_every: int = 20               # steps

@@ -77,7 +77,7 @@ class Config(TrainFlags):
     slip: float = 0.02                 # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32                # longest trajectory; a longer one of `data` is trained on up to here
     train_vision: bool = True          # the tiny policy has never seen a picture
-    micro_tokens: int = 2048           # tokens per forward, padding included
+    micro_tokens: int = 2048           # tokens per forward
     save_every: int = 100              # steps
     resume: bool = False               # go on from the last checkpoint in `out`
 
@@ -125,7 +125,10 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[data.Trajec
 
 
 class Steps(torch.utils.data.Dataset):
-    """The batches of a run, by step. A person's mistake is returned, not raised: a worker would wrap its message."""
+    """The batches of a run, by step, to be sent to another process: with their views, but without their pictures.
+
+    A person's mistake is returned, not raised: a worker would wrap its message.
+    """
 
     def __init__(self, cfg: Config, policy: Policy, written: list[data.Trajectory]):
         self.drawn_from = cfg, policy, written
@@ -133,7 +136,8 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> list[Episode] | Exception:
         cfg, policy, written = self.drawn_from
         try:
-            return draw_batch(cfg, policy, step, written)
+            episodes = draw_batch(cfg, policy, step, written)
+            return [replace(episode, probe=replace(episode.probe, image="")) for episode in episodes]
         except (data.UserError, ImageError) as error:
             return error
 

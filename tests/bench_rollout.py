@@ -1,11 +1,13 @@
 """How much faster rollouts are than what one would write first: `generate` on the whole conversation, turn after turn.
 
 Baseline: transformers' `generate` with its own KV cache, batched, left-padded, once per turn; every turn encodes all
-images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so many turns, with the
-same weights, alternating in one process: medians after a warm-up.
+images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so many turns, with
+the same weights, alternating in one process: medians after a warm-up. "of the roofline": what the one-token steps must
+read (the weights of the language model once, the keys and values of each row), at the rate of a copy measured in the
+same run, over the time that they take.
 
-    $ python tests/bench_rollout.py                       # tiny; on CUDA also --base random:qwen3b --max_pixels 1000000
-    $ python tests/bench_rollout.py --turns 6 --batch 16 --repeats 3
+    $ python tests/bench_rollout.py                                   # tiny; with CUDA also random:qwen3b and :qwen7b
+    $ python tests/bench_rollout.py --bases tiny --turns 6 --batch 16 --repeats 3
 """
 import itertools
 import statistics
@@ -29,10 +31,11 @@ from rollout import Row, Transcript, rollout
 
 @dataclass(frozen=True)
 class Config(PolicyFlags):
+    bases: tuple[str, ...] = ("tiny", "random:qwen3b", "random:qwen7b")  # without CUDA: only those that are not random:
     turns: tuple[int, ...] = (6, 32)   # assistant messages per episode
     batch: tuple[int, ...] = (16, 64)  # episodes at once, in groups of 8
+    pixels: tuple[int, ...] = (1_000_000, 500_000)  # of each view of a base that is not tiny, for each of `turns`
     repeats: int = 5                   # runs of each side; the first, a warm-up, comes on top
-    base: str = "tiny"                 # any name that load_policy knows
     group_size: int = 8                # G
 
 
@@ -94,7 +97,8 @@ def baseline(policy: Policy, probes: list[data.Probe], said: list[list[int]], gr
 
 def ours(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_size: int, turns: int) -> dict:
     """The rollout as it is; only what is sampled is given."""
-    count = {"prefill tokens": 0, "images encoded": 0, "tokens": sum(map(len, said))}
+    count = {"prefill tokens": 0, "images encoded": 0, "tokens": sum(map(len, said)), "decode": []}
+    weights = model_bytes(policy)
 
     class Told(Row):
         def __init__(self, index, *rest):
@@ -105,8 +109,17 @@ def ours(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_
     def take(logprobs, tokens, temperature):
         return tokens, logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
 
+    class Timed(rollout_module.Decoder):
+        def __call__(self, ids, positions, starts):
+            row = sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in self.cache.layers)
+            began = now(policy)
+            hidden = super().__call__(ids, positions, starts)
+            count["decode"].append((weights + sum(start + 1 for start in starts) * row, began, now(policy)))
+            return hidden
+
     features, positions = policy.image_features, rollout_module.mrope_positions
-    kept = rollout_module.Row, rollout_module._sample, rollout_module.mrope_positions
+    replaced = {"Row": Told, "Decoder": Timed, "_sample": take}
+    kept = {name: getattr(rollout_module, name) for name in [*replaced, "mrope_positions"]}
 
     def seen(views):
         count["images encoded"] += len(views)
@@ -116,14 +129,46 @@ def ours(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_
         count["prefill tokens"] += len(ids) * (len(ids) > 1)
         return positions(ids, *rest)
 
-    rollout_module.Row, rollout_module._sample, rollout_module.mrope_positions = Told, take, placed
+    vars(rollout_module).update(replaced, mrope_positions=placed)
     policy.image_features = seen
     try:
         rollout(policy, probes, group_size=group_size, max_turns=turns, slots=len(said))
     finally:
-        rollout_module.Row, rollout_module._sample, rollout_module.mrope_positions = kept
+        vars(rollout_module).update(kept)
         del policy.image_features
     return count
+
+
+def model_bytes(policy: Policy) -> int:
+    """Bytes of the weights that a one-token step reads: those of the language model, without its head."""
+    return sum(p.nbytes for p in policy.base.model.language_model.layers.parameters())
+
+
+def now(policy: Policy):
+    """A point in time, on the GPU an event: nothing waits for it."""
+    if policy.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(began, ended) -> float:
+    """Seconds."""
+    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes, the best of five."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target, best = torch.zeros_like(source), 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
+    return best
 
 
 def reset_peak(policy: Policy) -> None:
@@ -153,26 +198,47 @@ def timed(side, policy: Policy, *args) -> tuple[float, str, dict]:
     return time.perf_counter() - began, peak_gb(policy), count
 
 
-def main(cfg: Config) -> None:
+def rows(cfg: Config, base: str, turns: int, pixels: int, batch: int) -> None:
+    """The two lines of the table for one setting."""
     torch.manual_seed(0)
-    policy = load_policy(cfg.base, **policy_flags(cfg))
-    print(f"{cfg.base} on {policy.device}, {torch.get_num_threads()} threads, medians of {cfg.repeats} runs\n")
-    print("| turns | batch | side | prefill tokens | images encoded | decode tokens/s | episodes/s | seconds | ratio | peak GB |")
-    print("|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
-    for turns, batch in itertools.product(cfg.turns, cfg.batch):
-        probes = [data.make_probe("attribute", "hard", seed) for seed in range(batch // cfg.group_size)]
-        said = scripts(policy, batch, turns)
-        runs = {baseline: [], ours: []}
-        for repeat in tqdm(range(cfg.repeats + 1), desc=f"{turns} turns, batch {batch}", leave=False):
-            for side in runs:                                                    # alternating
+    tiny = base == "tiny"
+    size = {} if tiny else {"min_pixels": pixels, "max_pixels": pixels}
+    policy = load_policy(base, **policy_flags(cfg) | size | {"quantize": "nf4" if "7b" in base else cfg.quantize})
+    probes = [data.make_probe("attribute", "hard", seed, cell=48 if tiny else 170) for seed in range(batch // cfg.group_size)]
+    said = scripts(policy, batch, turns)
+    runs: dict = {baseline: [], ours: []}
+    for repeat in tqdm(range(cfg.repeats + 1), desc=f"{base}, {turns} turns, batch {batch}", leave=False):
+        for side in runs:                                                        # alternating
+            try:
                 run = timed(side, policy, probes, said, cfg.group_size, turns)
-                runs[side] += [run] if repeat else []                            # the first is a warm-up
-        median = {side: statistics.median(seconds for seconds, _, _ in runs[side]) for side in runs}
-        for side in runs:
-            seconds, (_, peak, count) = median[side], runs[side][0]
-            print(f"| {turns} | {batch} | {side.__name__} | {count['prefill tokens']:,} | {count['images encoded']:,} | "
-                  f"{count['tokens'] / seconds:,.0f} | {batch / seconds:.2f} | {seconds:.2f} | "
-                  f"{median[baseline] / seconds:.1f} | {peak} |", flush=True)
+            except torch.OutOfMemoryError:
+                run = (float("nan"), "out of memory", None)
+            runs[side] += [run] if repeat else []                                # the first is a warm-up
+    median = {side: statistics.median(seconds for seconds, _, _ in runs[side]) for side in runs}
+    for side in runs:
+        seconds, (_, peak, count) = median[side], runs[side][0]
+        cells = ["", "", "", ""]
+        if count:
+            cells = [f"{count['prefill tokens']:,}", f"{count['images encoded']:,}", f"{count['tokens'] / seconds:,.0f}", ""]
+            if side is ours:
+                loops = torch.get_num_threads() if policy.device.type == "cpu" else 1       # side by side
+                spent = sum(between(began, ended) for _, began, ended in count["decode"]) / loops
+                cells[3] = f"{sum(read for read, *_ in count['decode']) / spent / copy_rate(policy.device):.0%}"
+        print(f"| {base} | {turns} | {batch} | {side.__name__} | {' | '.join(cells)} | {batch / seconds:.2f} | {seconds:.2f} | "
+              f"{median[baseline] / seconds:.1f} | {peak} |", flush=True)
+
+
+def main(cfg: Config) -> None:
+    cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.get_num_threads()} threads, medians of {cfg.repeats} "
+          f"runs{'' if cuda else '; random bases, and CUDA: not measured'}\n")
+    print("| base | turns | batch | side | prefill tokens | images encoded | decode tokens/s | of the roofline | episodes/s | "
+          "seconds | ratio | peak GB |")
+    print("|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    for base in cfg.bases:
+        for (turns, pixels), batch in itertools.product(zip(cfg.turns, itertools.cycle(cfg.pixels)), cfg.batch):
+            if cuda or not base.startswith("random:"):
+                rows(cfg, base, turns, pixels, batch)
 
 
 if __name__ == "__main__":

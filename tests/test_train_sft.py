@@ -193,6 +193,8 @@ def test_the_released_schema_gives_the_same_tokens_as_ours(tmp_path):
     theirs, = data.load_trajectories(tmp_path / "a.parquet")
     one, other = (draw_batch(small(tmp_path, batch=1), tiny(), 0, [t]) for t in (ours, theirs))
     assert tokens(one) == tokens(other)
+    ahead, = drawn_ahead(small(tmp_path, batch=1, steps=1), tiny(), 0, [theirs])      # a place in a table stays where it is
+    assert tokens(ahead) == tokens(other)
 
 
 def test_a_run_on_written_trajectories_has_no_warm_up_learns_and_resumes(tmp_path):
@@ -238,10 +240,11 @@ def test_a_mistake_in_a_batch_drawn_ahead_arrives_in_its_turn_and_in_its_words(t
     def draw(_cfg, _policy, step, _written):
         if step == 2:
             raise data.UserError("row 7: what it is")
-        return [step]
+        return [batch[step]]
+    batch = draw_batch(small(tmp_path, batch=2), tiny(), 3)
     monkeypatch.setattr(train_sft, "draw_batch", draw)
     ahead = drawn_ahead(small(tmp_path, steps=4), tiny(), 0)
-    assert [next(ahead), next(ahead)] == [[0], [1]]
+    assert [tokens(next(ahead)), tokens(next(ahead))] == [tokens([episode]) for episode in batch]
     with pytest.raises(data.UserError, match="^row 7: what it is$"):
         next(ahead)
 
