@@ -49,8 +49,9 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import data
 import env
@@ -257,6 +258,7 @@ def packed(module, query, key, value, attention_mask=None, lengths=None, scaling
 
 AttentionInterface.register("flash_batched_windows", batched_windows)
 AttentionInterface.register("packed_episodes", packed)
+AttentionMaskInterface.register("packed_episodes", sdpa_mask)         # else it would run without any mask
 transformers.utils.logging.disable_progress_bar()       # of loading and saving: ours are enough
 
 

@@ -58,9 +58,9 @@ class Config(TrainFlags):
     base: str = "tiny"                 # "tiny", "random:qwen3b" and the like, a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 620                   # optimizer steps, warm-up included
-    warmup_steps: int = 240            # of them on single looks: perception first
-    warmup_batch: int = 64             # single looks per step, and half as many beginnings of a planned search
+    steps: int = 740                   # optimizer steps, warm-up included
+    warmup_steps: int = 360            # of them on single looks: perception first
+    warmup_batch: int = 40             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW); then a cosine
     lr_rise: int = 20                  # steps to the peak
@@ -143,8 +143,9 @@ class Steps(torch.utils.data.Dataset):
 
 
 def begin_drawing(_worker: int) -> None:
-    """In the process that draws: Ctrl-C is for the one that trains, and if that dies, so does this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In the process that draws: to stop is for the one that trains, and if that dies, so does this one."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)                # PR_SET_PDEATHSIG, see prctl(2)
 
 
@@ -152,11 +153,13 @@ def drawn_ahead(cfg: Config, policy: Policy, start: int,
                 written: list[data.Trajectory] = ()) -> Iterator[list[Episode]]:
     """The batches of all steps from `start` on, drawn in a process of its own while the ones before are trained on.
 
-    A thread would draw as well, but hold up the threads that train: all wait for one interpreter lock.
+    A thread would draw as well, but hold up the threads that train: all wait for one interpreter lock. Off Linux, where
+    such a process would need a copy of the policy, each batch is drawn when its step begins.
     """
+    worker = dict(num_workers=1, prefetch_factor=1, multiprocessing_context="fork", worker_init_fn=begin_drawing)
     loader = torch.utils.data.DataLoader(
         Steps(cfg, policy, written), batch_size=None, sampler=range(start, cfg.steps), collate_fn=lambda batch: batch,
-        num_workers=int(sys.platform == "linux"), worker_init_fn=begin_drawing)     # elsewhere it needs a second policy
+        **(worker if sys.platform == "linux" else {}))
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch

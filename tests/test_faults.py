@@ -723,6 +723,18 @@ def test_a_signal_ends_the_run_after_its_step_and_the_rest_is_as_it_would_have_b
     assert same(weights(tmp_path / "broken"), weights(tmp_path / "straight"))
 
 
+def test_a_signal_to_the_whole_group_of_processes_stops_the_run_as_well(tmp_path):
+    """As a batch system sends it: to the process that draws, too."""
+    run = subprocess.Popen([sys.executable, "train_sft.py", "--out", str(tmp_path), "--device", "cpu", "--warmup_batch", "2"],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    while run.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 0 and "go on with: " in said and "Traceback" not in said
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == len(lines(tmp_path)) > 0
+
+
 def test_ctrl_c_where_there_is_no_step_is_one_line(monkeypatch, capsys):
     def main(_):
         raise KeyboardInterrupt

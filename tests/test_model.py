@@ -659,6 +659,16 @@ def test_log_probs_equal_a_forward_per_row_by_plain_transformers_for_lora_too(lo
         torch.testing.assert_close(row[:len(naive)], naive, atol=1e-5, rtol=0)
 
 
+def test_a_mask_of_padding_is_heeded_by_the_registered_attention(policy):
+    """`packed` without `lengths` is transformers' own, for `generate` with padding on the left."""
+    ids, positions = torch.arange(5, 25)[None], torch.arange(20).expand(3, 1, 20)
+    padded, there = F.pad(ids, (4, 0)), F.pad(torch.ones_like(ids), (4, 0))
+    with torch.no_grad():
+        plain = policy.base.model(input_ids=ids, position_ids=positions).last_hidden_state
+        masked = policy.base.model(input_ids=padded, attention_mask=there, position_ids=F.pad(positions, (4, 0)))
+    torch.testing.assert_close(masked.last_hidden_state[:, 4:], plain, atol=1e-5, rtol=0)
+
+
 def test_episodes_end_to_end_do_not_see_each_other(ragged):
     episodes = written_episodes(ragged)
     episodes = [episodes[0], episodes[0], *episodes]                  # neighbours of equal length go into one call

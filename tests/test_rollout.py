@@ -542,24 +542,27 @@ class FakeGraph:
     def replay(self):
         self.replays += 1
 
+    def pool(self):
+        return "a pool"
+
 
 @pytest.fixture
 def recording(monkeypatch):
     """Rollouts on the CPU take the way of a GPU; a replay is a step in place of it."""
     FakeGraph.made = []
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(),
-                        "CUDAGraph": FakeGraph, "graph": lambda *_, **__: nullcontext()}.items():
+    for name, value in {"current_stream": lambda: None, "stream": lambda _: nullcontext(), "CUDAGraph": FakeGraph,
+                        "graph": lambda *_, **__: nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Decoder, "failed", False)
 
     class Recording(Decoder):
         def __init__(self, *args):
             super().__init__(*args)
-            self.records = True
+            self.records = not self.failed
 
         def record(self, visible):
             super().record(visible)
-            return lambda: self.step(visible)
+            return lambda: self.step(visible)                                         # the fake records nothing
 
     monkeypatch.setattr(rollout_module, "Decoder", Recording)
 
@@ -585,7 +588,8 @@ def test_a_recording_that_fails_or_lies_is_not_used(talkative, fault, recording,
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with pytest.warns(UserWarning, match="without a CUDA graph.*(not permitted$|something else)"):
         found = free_episodes(talkative)
-    assert len(FakeGraph.made) == 1                                                   # it is not tried again
+        free_episodes(talkative)
+    assert len(FakeGraph.made) == 1                                                   # it is not tried again, ever
     monkeypatch.setattr(rollout_module, "Decoder", Decoder)
     same(found, free_episodes(talkative))
 
