@@ -22,6 +22,7 @@ Three rules keep a multi-turn conversation exact (measured in transformers 5.23,
 Read next: rollout.py.
 """
 import ctypes
+import functools
 import gc
 import itertools
 import json
@@ -691,8 +692,13 @@ def side_by_side(function: Callable, items: list, device: torch.device) -> Itera
     if threads <= 1:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(function, items)
+    yield from _threads(threads).map(function, items)
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Always the same threads: the libraries below torch keep some memory for every one that ever was."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def add_gradients(policy: Policy, loss_of: Callable, batches: list[list]) -> Iterator:
