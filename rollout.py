@@ -9,8 +9,8 @@ A loop of three steps: (1) free slots take the next episodes, whose prompts wait
 wait, their new tokens (a prompt, or an observation with its image) are read in one padded forward, each row going on
 where it stopped; (3) all other rows sample one token each. A row that samples end-of-turn hands its text to its
 CropEnv, which answers with an observation or ends the episode. Every image is encoded once, every token read once,
-a prompt once for all rollouts of its group. On the CPU, two such loops run side by side on two cores. On a GPU, the
-step of one token per row is recorded once (`Decoder`), and threads cut and resize images while other rows sample.
+a prompt once for all rollouts of its group. On a GPU, the step of one token per row is recorded once (`Decoder`), and
+threads cut and resize images while other rows sample.
 
     B rows of a batch, T tokens, V vocabulary, K cached keys
 
@@ -40,7 +40,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import data
 from env import MAX_IMAGE_PIXELS, Crop, CropEnv, crop_pixels, fit_pixels, grade, load_image
 from model import (Policy, PolicyFlags, load_policy, memory_advice, mrope_positions, policy_flags, reason,
-                   sampled_logprobs, side_by_side)
+                   sampled_logprobs)
 
 
 @dataclass
@@ -367,15 +367,9 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
             raise data.UserError(f"a prompt of {len(transcript.ids)} tokens exceeds max_context={max_context}")
         return Row(index, transcript, seed, group)
 
-    def play(share: list[Group]) -> list[tuple[int, Episode]]:
-        with ThreadPoolExecutor() if policy.device.type != "cpu" else nullcontext() as pool:
-            return _play(policy, deque(share), max(1, slots // len(shares)), start, max_context, max_turn_tokens,
-                         temperature, keep_features, bar, pool)
-
-    # On the CPU each thread has slots of its own; which groups it plays is fixed, so that a run can be repeated.
-    threads = torch.get_num_threads() if policy.device.type == "cpu" else 1
-    shares = [share for share in (groups[i::threads] for i in range(threads)) if share]
-    episodes = dict(pair for part in side_by_side(play, shares, policy.device) for pair in part)
+    with ThreadPoolExecutor() if policy.device.type != "cpu" else nullcontext() as pool:
+        episodes = dict(_play(policy, deque(groups), slots, start, max_context, max_turn_tokens, temperature,
+                              keep_features, bar, pool))
     bar.close()
     return [episodes[i] for i in range(len(episodes))]
 

@@ -221,8 +221,7 @@ def rows(cfg: Config, base: str, turns: int, pixels: int, batch: int) -> None:
         if count:
             cells = [f"{count['prefill tokens']:,}", f"{count['images encoded']:,}", f"{count['tokens'] / seconds:,.0f}", ""]
             if side is ours:
-                loops = torch.get_num_threads() if policy.device.type == "cpu" else 1       # side by side
-                spent = sum(between(began, ended) for _, began, ended in count["decode"]) / loops
+                spent = sum(between(began, ended) for _, began, ended in count["decode"])
                 cells[3] = f"{sum(read for read, *_ in count['decode']) / spent / copy_rate(policy.device):.0%}"
         print(f"| {base} | {turns} | {batch} | {side.__name__} | {' | '.join(cells)} | {batch / seconds:.2f} | {seconds:.2f} | "
               f"{median[baseline] / seconds:.1f} | {peak} |", flush=True)
