@@ -522,24 +522,37 @@ def adapted(qwen25_dir):
     return policy
 
 
-def test_the_base_judges_with_its_adapters_switched_off(adapted, qwen25_dir):
+def test_the_base_judges_with_its_adapters_switched_off(adapted):
     """By hand: after the prompt, is "yes" or "Yes" together likelier than "no" or "No" in the checkpoint without adapters?"""
     prompts = [judge_prompt(f"What is on sign {i}?", "red", f"color {i}") for i in range(40)]
-    verdicts = train_rl.base_judge(adapted)(prompts)
 
-    def by_hand(policy):
-        found = []
-        for prompt in prompts:
-            ids = torch.tensor([policy.render([{"role": "user", "content": [{"type": "text", "text": prompt}]}])[0]])
-            with torch.no_grad():
-                position = torch.arange(ids.shape[1]).expand(3, 1, -1)
-                scores = policy.model(input_ids=ids, position_ids=position).logits[0, -1]
-            yes, no = ([policy.encode(word)[0] for word in words] for words in (("yes", "Yes"), ("no", "No")))
-            found.append(bool(scores[yes].exp().sum() > scores[no].exp().sum()))
-        return found
+    def asked(prompt):
+        ids = torch.tensor([adapted.render([{"role": "user", "content": [{"type": "text", "text": prompt}]}])[0]])
+        return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand(3, 1, -1)}
 
-    assert verdicts == by_hand(load_policy(qwen25_dir, device="cpu")) and len(set(verdicts)) == 2
-    assert verdicts != by_hand(adapted)                                           # the adapters are on again
+    yes, no = ([adapted.encode(word)[0] for word in words] for words in (("yes", "Yes"), ("no", "No")))
+    rows = adapted.base.get_output_embeddings().weight
+    before = rows.detach().clone()
+    with torch.no_grad(), adapted.model.disable_adapter():           # a base that is of two minds
+        hidden = torch.cat([adapted.base.model(**asked(prompt)).last_hidden_state[:, -1] for prompt in prompts])
+        mean = hidden.mean(0)
+        apart = torch.linalg.svd(hidden - mean)[2][0]
+        apart -= apart @ mean / (mean @ mean) * mean
+        rows[yes] = rows[no] + 0.2 * apart
+
+    @torch.no_grad()
+    def by_hand():
+        scores = [adapted.model(**asked(prompt)).logits[0, -1].exp() for prompt in prompts]
+        return [bool(score[yes].sum() > score[no].sum()) for score in scores]
+
+    try:
+        verdicts = train_rl.base_judge(adapted)(prompts)
+        with adapted.model.disable_adapter():
+            assert verdicts == by_hand() and len(set(verdicts)) == 2
+        assert verdicts != by_hand()                                              # the adapters are on again
+    finally:
+        with torch.no_grad():
+            rows.copy_(before)
 
 
 def test_a_policy_without_adapters_has_no_base_to_ask(start):
