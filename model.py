@@ -229,14 +229,24 @@ def batched_windows(module, query, key, value, attention_mask=None, scaling=None
         starts_by_length.setdefault(length, []).append(start)
         start += length
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))      # (N, H, D)
+    alike = len(starts_by_length) == 1                                           # then they are in order as they lie
     outputs, order = [], []
     for length, starts in starts_by_length.items():
         index = (torch.tensor(starts)[:, None] + torch.arange(length)).reshape(-1).to(query.device)
-        q, k, v = (t[index].view(len(starts), length, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
+        q, k, v = ((t if alike else t[index]).unflatten(0, (len(starts), length)).transpose(1, 2)
+                   for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)             # (windows, H, length, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         order.append(index)
-    return torch.cat(outputs)[torch.argsort(torch.cat(order))][None], None
+    return (outputs[0] if alike else torch.cat(outputs)[torch.argsort(torch.cat(order))])[None], None
+
+
+class PatchProduct(nn.Conv3d):
+    """The tower's first layer, whose kernel is as large as a patch: a matrix product, which is far faster as such."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, C, t, h, w) -> (patches, D)."""
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def packed(module, query, key, value, attention_mask=None, lengths=None, scaling=None, dropout=0.0, **more):
@@ -361,10 +371,14 @@ class Policy:
         if not views:
             return []
         pixels = self.pixels(views)
-        output = self.base.model.get_image_features(**pixels, return_dict=True)
+        grids = [tuple(grid) for grid in pixels["image_grid_thw"].tolist()]
+        # Neighbours of equal size pass as frames of one video, each of which is seen by itself: less bookkeeping.
+        runs = [(grid, len(list(same))) for grid, same in itertools.groupby(grids)]
+        videos = torch.tensor([(count * t, h, w) for (t, h, w), count in runs], device=self.device)
+        output = self.base.model.get_image_features(pixels["pixel_values"], videos, return_dict=True)
         layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-        grids = (tuple(grid) for grid in pixels["image_grid_thw"].tolist())
-        return [(grid, torch.cat(parts, -1)) for grid, parts in zip(grids, zip(*layers, strict=True), strict=True)]
+        return [(grid, tokens) for (grid, count), parts in zip(runs, zip(*layers, strict=True), strict=True)
+                for tokens in torch.cat(parts, -1).chunk(count)]
 
     def seen(self, features: list[tuple[tuple[int, int, int], Tensor]]) -> dict:
         """`image_features` of all images in a batch, in the order of their tokens, as arguments of the model."""
@@ -529,6 +543,7 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
             raise data.UserError(f"cannot load {name}: {where}{reason(error)}") from error
         if report["missing_keys"]:                          # transformers would go on with random weights
             raise data.UserError(f"cannot load {name}: it lacks {min(report['missing_keys'])}")
+    model.model.visual.patch_embed.proj.__class__ = PatchProduct
     model.set_attn_implementation({"vision_config": "flash_batched_windows", "text_config": "packed_episodes"})
     if adapter:
         try:
@@ -654,11 +669,11 @@ LOGIT_ROWS = 512          # positions; at a vocabulary of 152k, 0.3 GB
 
 
 def micro_batches(episodes: list, budget: int) -> list[list]:
-    """Splits episodes into as few batches of at most `budget` tokens as will do (one episode always fits), all of
-    about the same length: on two cores none waits long for the other.
+    """Splits episodes into one, or an even number of batches of at most `budget` tokens (one episode always fits), as
+    few as will do, all of about the same length: of two cores none waits long for the other.
     """
     order = sorted(episodes, key=lambda e: -len(e.token_ids))
-    for count in range(1, len(episodes) + 1):
+    for count in [1, *range(2, len(episodes), 2), len(episodes)][:len(episodes)]:
         batches: list[list] = [[] for _ in range(count)]
         tokens = [0] * count
         for episode in order:                               # the longest first, each into the emptiest batch

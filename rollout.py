@@ -374,7 +374,7 @@ def rollout(policy: Policy, probes: list[data.Probe], *, group_size: int = 1, ma
     return [episodes[i] for i in range(len(episodes))]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _play(policy: Policy, queue: deque[Group], slots: int, start: Callable, max_context: int, max_turn_tokens: int,
           temperature: float, keep_features: bool, bar: tqdm,
           pool: ThreadPoolExecutor | None) -> list[tuple[int, Episode]]:

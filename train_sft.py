@@ -77,7 +77,7 @@ class Config(TrainFlags):
     slip: float = 0.02                 # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32                # longest trajectory; a longer one of `data` is trained on up to here
     train_vision: bool = True          # the tiny policy has never seen a picture
-    micro_tokens: int = 2048           # tokens per forward
+    micro_tokens: int = 4096           # tokens per forward
     save_every: int = 100              # steps
     resume: bool = False               # go on from the last checkpoint in `out`
 
@@ -345,8 +345,8 @@ def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.op
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     if cfg.adam_8bit:
         import bitsandbytes
-    kind = bitsandbytes.optim.AdamW8bit if cfg.adam_8bit else torch.optim.AdamW
-    return policy, kind(weights, **adam)
+        return policy, bitsandbytes.optim.AdamW8bit(weights, **adam)
+    return policy, torch.optim.AdamW(weights, fused=True, **adam)
 
 
 @memory_advice("--micro_tokens", "--max_turns", "--base")

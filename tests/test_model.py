@@ -5,6 +5,8 @@ Lines worth flipping, each with the test that then fails:
     encode_parts       strings encoded one by one            -> neighbouring_texts_are_encoded_as_one
     mrope_positions    start + max(h, w) -> start + h * w    -> positions_equal_those_of_transformers
     batched_windows    without the final argsort             -> windows_in_batches_equal_the_loop_of_transformers
+    image_features     one video of all images, any size     -> images_that_are_alike_in_size_are_seen_as_...
+    micro_batches      odd numbers of batches                -> micro_batches_are_one_or_an_even_number_...
     load_policy        skip "visual", not "model.visual"     -> four_bits_stay_out_of_the_tower_and_the_head
     random_model       without tie_weights, or fork_rng      -> the_weights_of_a_random_base_are_the_same_...
     load_policy        the adapter's own dropout             -> an_adapter_is_loaded_with_the_dropout_...
@@ -277,6 +279,31 @@ def test_windows_in_batches_equal_the_loop_of_transformers(checkpoint, request, 
     assert few < len(calls) or checkpoint == "qwen3_dir"                          # it has no windows
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen25_dir", "qwen3_dir"])
+def test_the_first_layer_as_a_matrix_product_is_the_convolution(checkpoint, request):
+    layer = load_policy(request.getfixturevalue(checkpoint), device="cpu").base.model.visual.patch_embed
+    patches = torch.randn(50, layer.proj.weight[0].numel())
+    assert type(layer.proj) is model_module.PatchProduct
+    ours = layer(patches)
+    layer.proj.__class__ = torch.nn.Conv3d
+    torch.testing.assert_close(ours, layer(patches), atol=1e-5, rtol=1e-5)
+    assert ours.shape[0] == 50 and ours.std() > 0.01
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen25_dir", "qwen3_dir"])
+def test_images_that_are_alike_in_size_are_seen_as_if_each_were_alone(checkpoint, request):
+    policy = load_policy(request.getfixturevalue(checkpoint), device="cpu")
+    sizes = [(96, 96), (96, 96), (64, 160), (64, 160), (160, 64), (96, 96), (96, 96), (96, 96)]
+    views = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    with torch.no_grad():
+        together = policy.image_features(views)
+        alone = [policy.image_features([view])[0] for view in views]
+    assert len(together) == len(views)
+    for (grid, tokens), (expected_grid, expected), view in zip(together, alone, views):
+        assert grid == expected_grid and len(tokens) == policy.visual_tokens(view)
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -367,7 +394,7 @@ def test_a_saved_adapter_opens_with_plain_peft(lora, tmp_path):
     episode = written_episodes(lora)[0]
     with torch.no_grad():
         torch.testing.assert_close(plain_logits(lora, network, episode), plain_logits(lora, lora.model, episode),
-                                   atol=1e-5, rtol=0)
+                                   atol=1e-4, rtol=0)                            # PatchProduct sums in another order
 
 
 @pytest.mark.parametrize("checkpoint", ["qwen25_dir", "qwen3_dir"])
@@ -656,7 +683,7 @@ def test_log_probs_equal_a_forward_per_row_by_plain_transformers_for_lora_too(lo
         batched = token_logprobs(lora, episodes)
     for row, episode in zip(batched, episodes):
         naive = plain_logprobs(lora, base, episode)
-        torch.testing.assert_close(row[:len(naive)], naive, atol=1e-5, rtol=0)
+        torch.testing.assert_close(row[:len(naive)], naive, atol=2e-5, rtol=0)
 
 
 def test_a_mask_of_padding_is_heeded_by_the_registered_attention(policy):
@@ -729,10 +756,11 @@ def test_micro_batches_hold_every_episode_once_and_keep_the_budget(lengths, budg
         assert batch and (len(batch) == 1 or sum(len(e.token_ids) for e in batch) <= budget)
 
 
-def test_micro_batches_are_as_few_as_will_do_and_about_equal():
+def test_micro_batches_are_one_or_an_even_number_as_few_as_will_do_and_about_equal():
     episodes = [SimpleNamespace(token_ids=np.zeros(n)) for n in (30, 10, 10, 20, 10)]
+    assert [len(micro_batches(episodes, budget)) for budget in (80, 79, 40, 39, 30, 10)] == [1, 2, 2, 4, 4, 5]
     assert [[len(e.token_ids) for e in batch] for batch in micro_batches(episodes, 40)] == [[30, 10], [20, 10, 10]]
-    assert len(micro_batches(episodes, 79)) == 2 and len(micro_batches(episodes, 80)) == 1 and micro_batches([], 80) == []
+    assert micro_batches([], 80) == []
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
