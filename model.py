@@ -267,6 +267,7 @@ def packed(module, query, key, value, attention_mask=None, lengths=None, scaling
     return torch.cat(outputs)[None], None
 
 
+OUR_ATTENTION = {"vision_config": "flash_batched_windows", "text_config": "packed_episodes"}
 AttentionInterface.register("flash_batched_windows", batched_windows)
 AttentionInterface.register("packed_episodes", packed)
 AttentionMaskInterface.register("packed_episodes", sdpa_mask)         # else it would run without any mask
@@ -544,7 +545,7 @@ def load_policy(name: str, *, adapter: str | None = None, quantize: str | None =
         if report["missing_keys"]:                          # transformers would go on with random weights
             raise data.UserError(f"cannot load {name}: it lacks {min(report['missing_keys'])}")
     model.model.visual.patch_embed.proj.__class__ = PatchProduct
-    model.set_attn_implementation({"vision_config": "flash_batched_windows", "text_config": "packed_episodes"})
+    model.set_attn_implementation(OUR_ATTENTION)
     if adapter:
         try:
             with warnings.catch_warnings():                 # an adapter for other layers: peft would go on without it

@@ -58,9 +58,9 @@ class Config(TrainFlags):
     base: str = "tiny"                 # "tiny", "random:qwen3b" and the like, a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 740                   # optimizer steps, warm-up included
-    warmup_steps: int = 360            # of them on single looks: perception first
-    warmup_batch: int = 40             # single looks per step, and half as many beginnings of a planned search
+    steps: int = 840                   # optimizer steps, warm-up included
+    warmup_steps: int = 540            # of them on single looks: perception first
+    warmup_batch: int = 32             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
     lr: float = 2e-3                   # peak learning rate (AdamW); then a cosine
     lr_rise: int = 20                  # steps to the peak

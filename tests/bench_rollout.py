@@ -1,7 +1,7 @@
 """How much faster rollouts are than what one would write first: `generate` on the whole conversation, turn after turn.
 
-Baseline: transformers' `generate` with its own KV cache, batched, left-padded, once per turn; every turn encodes all
-images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so many turns, with
+Baseline: transformers' `generate` with its own KV cache and its own layers, batched, left-padded, once per turn; every
+turn encodes all images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so many turns, with
 the same weights, alternating in one process: medians after a warm-up. "of the roofline": what the one-token steps must
 read (the weights of the language model once, the keys and values of each row), at the rate of a copy measured in the
 same run, over the time that they take.
@@ -13,6 +13,7 @@ import itertools
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import data
 import rollout as rollout_module
 from env import Crop, CropEnv, format_action
-from model import Policy, PolicyFlags, load_policy, policy_flags
+from model import OUR_ATTENTION, PatchProduct, Policy, PolicyFlags, load_policy, policy_flags
 from rollout import Row, Transcript, rollout
 
 
@@ -64,6 +65,19 @@ class Forced(LogitsProcessor):
         return forced
 
 
+@contextmanager
+def plain(policy: Policy):
+    """The model as transformers makes it, without the layers that we replaced."""
+    layer = policy.base.model.visual.patch_embed.proj
+    policy.base.set_attn_implementation("sdpa")
+    layer.__class__ = torch.nn.Conv3d
+    try:
+        yield
+    finally:
+        policy.base.set_attn_implementation(OUR_ATTENTION)
+        layer.__class__ = PatchProduct
+
+
 @torch.no_grad()
 def baseline(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_size: int, turns: int) -> dict:
     """One `generate` per turn over everything so far; finished episodes leave the batch."""
@@ -78,10 +92,11 @@ def baseline(policy: Policy, probes: list[data.Probe], said: list[list[int]], gr
         turn = [list(itertools.takewhile(lambda token: token != policy.im_end, tokens)) + [policy.im_end]
                 for _, tokens in live]
         pixels = policy.pixels([view for shown in views for view in shown])
-        model.generate(input_ids=ids, attention_mask=(ids != pad).long(), **pixels,
-                       mm_token_type_ids=(ids == policy.image_pad).int(),
-                       logits_processor=LogitsProcessorList([Forced(turn, length, policy.im_end)]), do_sample=False,
-                       max_new_tokens=max(map(len, turn)), eos_token_id=policy.im_end, pad_token_id=pad)
+        with plain(policy):
+            model.generate(input_ids=ids, attention_mask=(ids != pad).long(), **pixels,
+                           mm_token_type_ids=(ids == policy.image_pad).int(),
+                           logits_processor=LogitsProcessorList([Forced(turn, length, policy.im_end)]), do_sample=False,
+                           max_new_tokens=max(map(len, turn)), eos_token_id=policy.im_end, pad_token_id=pad)
         count["prefill tokens"] += sum(len(t.ids) for t, _ in live)
         count["images encoded"] += sum(map(len, views))
         count["tokens"] += sum(map(len, turn))
