@@ -229,16 +229,18 @@ def batched_windows(module, query, key, value, attention_mask=None, scaling=None
         starts_by_length.setdefault(length, []).append(start)
         start += length
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))      # (N, H, D)
-    alike = len(starts_by_length) == 1                                           # then they are in order as they lie
     outputs, order = [], []
     for length, starts in starts_by_length.items():
-        index = (torch.tensor(starts)[:, None] + torch.arange(length)).reshape(-1).to(query.device)
-        q, k, v = ((t if alike else t[index]).unflatten(0, (len(starts), length)).transpose(1, 2)
-                   for t in (query, key, value))
+        parts = query, key, value
+        if len(starts_by_length) > 1:                                            # else they are in order as they lie
+            index = (torch.tensor(starts)[:, None] + torch.arange(length)).reshape(-1).to(query.device)
+            parts = [t[index] for t in parts]
+            order.append(index)
+        q, k, v = (t.unflatten(0, (len(starts), length)).transpose(1, 2) for t in parts)
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)             # (windows, H, length, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        order.append(index)
-    return (outputs[0] if alike else torch.cat(outputs)[torch.argsort(torch.cat(order))])[None], None
+    joint = torch.cat(outputs)
+    return (joint[torch.argsort(torch.cat(order))] if order else joint)[None], None
 
 
 class PatchProduct(nn.Conv3d):
@@ -669,12 +671,14 @@ def token_logprobs(policy: Policy, episodes: list, temperature: float = 1.0) -> 
 LOGIT_ROWS = 512          # positions; at a vocabulary of 152k, 0.3 GB
 
 
-def micro_batches(episodes: list, budget: int) -> list[list]:
-    """Splits episodes into one, or an even number of batches of at most `budget` tokens (one episode always fits), as
-    few as will do, all of about the same length: of two cores none waits long for the other.
+def micro_batches(episodes: list, budget: int, even: bool = False) -> list[list]:
+    """Splits episodes into as few batches of at most `budget` tokens as will do (one episode always fits), all of
+    about the same length. even: an even number of them, unless there are too few episodes: none of two cores waits.
     """
     order = sorted(episodes, key=lambda e: -len(e.token_ids))
-    for count in [1, *range(2, len(episodes), 2), len(episodes)][:len(episodes)]:
+    for count in range(1, len(episodes) + 1):
+        if even and count % 2 and count < len(episodes):
+            continue
         batches: list[list] = [[] for _ in range(count)]
         tokens = [0] * count
         for episode in order:                               # the longest first, each into the emptiest batch
@@ -702,7 +706,8 @@ def keep_freed_memory() -> None:
 
 def side_by_side(function: Callable, items: list, device: torch.device) -> Iterator:
     """function(item) for each item, in order. On the CPU as many at once as torch has threads, each on one thread:
-    tiny operations lose more when they are split than they gain. What is computed does not depend on their number.
+    tiny operations lose more when they are split than they gain. What is computed does not depend on their number (if
+    there is one item only, it gets them all).
     """
     threads = min(len(items), torch.get_num_threads()) if device.type == "cpu" else 1
     if threads <= 1:

@@ -474,7 +474,8 @@ def _forward(policy: Policy, cache: SlotCache, decoder: Decoder, rows: list[Row 
                                                                    row.position)
         row.cached += len(new)
         if keep_features:
-            row.transcript.features += [(grid, tokens.cpu()) for grid, tokens in itertools.islice(kept, len(shown))]
+            row.transcript.features += [(grid, tokens.to("cpu", copy=True))
+                                        for grid, tokens in itertools.islice(kept, len(shown))]
     to = policy.device
     if whole:
         hidden = decoder(ids, positions, starts)

@@ -272,7 +272,8 @@ def main(cfg: Config) -> None:
                 clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
                 return loss, (int(clipped.sum()), int(sampled.sum()))
 
-            for _, counts in add_gradients(policy, loss_of, micro_batches(used, cfg.micro_tokens)):
+            batches = micro_batches(used, cfg.micro_tokens, even=policy.device.type == "cpu")
+            for _, counts in add_gradients(policy, loss_of, batches):
                 clipped_tokens, trained_tokens = clipped_tokens + counts[0], trained_tokens + counts[1]
             norm, bad = update(optimizer, cfg.grad_clip)
             norms += [] if bad else [norm]

@@ -58,11 +58,11 @@ class Config(TrainFlags):
     base: str = "tiny"                 # "tiny", "random:qwen3b" and the like, a Hugging Face id, or a directory
     out: Path = Path("runs/sft")       # run directory
     seed: int = 0                      # weights and data
-    steps: int = 840                   # optimizer steps, warm-up included
-    warmup_steps: int = 540            # of them on single looks: perception first
-    warmup_batch: int = 32             # single looks per step, and half as many beginnings of a planned search
+    steps: int = 740                   # optimizer steps, warm-up included
+    warmup_steps: int = 400            # of them on single looks: perception first
+    warmup_batch: int = 40             # single looks per step, and half as many beginnings of a planned search
     batch: int = 32                    # trajectories per step
-    lr: float = 2e-3                   # peak learning rate (AdamW); then a cosine
+    lr: float = 2e-3                   # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20                  # steps to the peak
     lr_floor: float = 0.1              # share of the peak at the end
     weight_decay: float = 0.01
@@ -167,8 +167,9 @@ def drawn_ahead(cfg: Config, policy: Policy, start: int,
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Linear rise, times a cosine down to a share of the peak at the last step."""
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / cfg.steps)).item())
+    """Linear rise to the peak; after the warm-up a cosine, down to a share of the peak at the last step."""
+    fallen = max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * fallen)).item())
     return cfg.lr * min(1.0, (step + 1) / cfg.lr_rise) * (cfg.lr_floor + (1 - cfg.lr_floor) * cosine)
 
 
@@ -345,8 +346,8 @@ def load_trainable(name: str, cfg: TrainFlags, **adam) -> tuple[Policy, torch.op
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     if cfg.adam_8bit:
         import bitsandbytes
-        return policy, bitsandbytes.optim.AdamW8bit(weights, **adam)
-    return policy, torch.optim.AdamW(weights, fused=True, **adam)
+    kind = bitsandbytes.optim.AdamW8bit if cfg.adam_8bit else torch.optim.AdamW
+    return policy, kind(weights, **adam)
 
 
 @memory_advice("--micro_tokens", "--max_turns", "--base")
@@ -367,7 +368,8 @@ def main(cfg: Config) -> None:
         denominator = sum(int(episode.assistant_mask.sum()) for episode in episodes)   # of the whole step, counted once
         loss = 0.0
         loss_of = lambda batch: (-token_logprobs(policy, batch).sum() / denominator, None)    # 0 off the assistant mask
-        for part, _ in add_gradients(policy, loss_of, micro_batches(episodes, cfg.micro_tokens)):
+        batches = micro_batches(episodes, cfg.micro_tokens, even=policy.device.type == "cpu")
+        for part, _ in add_gradients(policy, loss_of, batches):
             loss += part
 
         for group in optimizer.param_groups:

@@ -1,9 +1,9 @@
 """What a GRPO training phase costs, against plain code; and whether memory grows over many steps.
 
-Baseline: padded rows in the order in which they came, as many per forward as the budget takes, all images encoded again,
-logits of every position at once, one backward after the other on all of torch's threads. Both sides compute the
-gradient of the same loss over the same rollouts, and it must be the same; they alternate in one process: medians after a
-warm-up.
+Baseline: transformers' own layers, padded rows in the order in which they came, as many per forward as the budget takes,
+all images encoded again, logits of every position at once, one backward after the other on all of torch's threads. Both
+sides compute the gradient of the same loss over the same rollouts, and it must be the same; they alternate in one
+process: medians after a warm-up.
 
     $ python tests/bench_train.py                # needs runs/sft; on CUDA --base random:qwen3b --lora_rank 16
     $ python tests/bench_train.py --memory_steps 200      # also: resident memory over 200 small steps of GRPO
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import train_rl
-from bench_rollout import peak_gb, reset_peak
+from bench_rollout import peak_gb, plain, reset_peak
 from model import (LoraFlags, Policy, add_gradients, load_policy, micro_batches, mrope_positions, policy_flags,
                    token_logprobs)
 from rollout import Episode, rollout
@@ -75,13 +75,14 @@ def gradient(policy: Policy, weights: list, side: str, episodes: list[Episode], 
     for weight in weights:
         weight.grad = None
     if side == "baseline":
-        for batch in in_order(episodes, budget):
-            (-baseline_logprobs(policy, batch).sum() / len(episodes)).backward()
+        with plain(policy):
+            for batch in in_order(episodes, budget):
+                (-baseline_logprobs(policy, batch).sum() / len(episodes)).backward()
     else:
         if side == "pictures encoded again":
             episodes = [dataclasses.replace(episode, features=None) for episode in episodes]
         loss_of = lambda batch: (-token_logprobs(policy, batch).sum() / len(episodes), None)
-        for _ in add_gradients(policy, loss_of, micro_batches(episodes, budget)):
+        for _ in add_gradients(policy, loss_of, micro_batches(episodes, budget, policy.device.type == "cpu")):
             pass
     return [weight.grad for weight in weights]
 

@@ -275,11 +275,12 @@ def test_the_cold_start_shows_only_searches_that_end_right(tmp_path):
 
 
 def test_learning_rate_by_hand():
-    cfg = Config(steps=100, lr=1.0)
+    cfg = Config(steps=130, warmup_steps=30, lr=1.0)
     assert learning_rate(cfg, 0) == pytest.approx(1 / 20)             # (0 + 1) / 20 of the peak
-    assert learning_rate(cfg, 19) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 0.82708), abs=1e-4)   # cos(0.19 pi)
-    assert learning_rate(cfg, 50) == pytest.approx(0.55)              # half way: 0.1 + 0.9 / 2
-    assert learning_rate(cfg, 100) == pytest.approx(0.1)
+    assert learning_rate(cfg, 19) == learning_rate(cfg, 30) == 1.0    # held until the warm-up ends
+    assert learning_rate(cfg, 49) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 0.82708), abs=1e-4)   # cos(0.19 pi)
+    assert learning_rate(cfg, 80) == pytest.approx(0.55)              # half way: 0.1 + 0.9 / 2
+    assert learning_rate(cfg, 130) == pytest.approx(0.1)
 
 
 def test_each_step_uses_and_logs_its_own_learning_rate(tmp_path):
@@ -547,7 +548,7 @@ def test_a_resumed_run_with_adapters_in_four_bits_and_moments_in_eight_equals_on
 
 
 def test_the_rise_and_the_floor_of_the_learning_rate_by_hand():
-    cfg = Config(steps=100, lr=1.0, lr_rise=10, lr_floor=0.0)
+    cfg = Config(steps=100, warmup_steps=0, lr=1.0, lr_rise=10, lr_floor=0.0)
     assert learning_rate(cfg, 0) == pytest.approx(0.1, rel=1e-3) and learning_rate(cfg, 50) == pytest.approx(0.5)
     assert learning_rate(cfg, 99) < 1e-3
 
