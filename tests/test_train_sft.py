@@ -98,6 +98,7 @@ def test_only_predictions_of_assistant_tokens_get_a_gradient(tmp_path, monkeypat
 
     policy.base.model.register_forward_hook(keep)
     monkeypatch.setattr(train_sft, "load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(train_sft, "micro_batches", lambda episodes, budget, even: micro_batches(episodes, budget))   # one
     cfg = small(tmp_path, steps=1, warmup_steps=0, micro_tokens=10**6)
     episodes, = micro_batches(draw_batch(cfg, policy, 0), 10**6)
     train_sft.main(cfg)
@@ -459,8 +460,9 @@ FAMILIES = pytest.mark.parametrize("family", ["qwen25_dir", "qwen3_dir"])
 
 def trainable(family, request, out, **flags):
     """(policy, optimizer, one search in two turns) for a small random checkpoint with these flags."""
+    base = request.getfixturevalue(family)                           # draws random numbers where it is made
     torch.manual_seed(0)
-    cfg = small(out, base=request.getfixturevalue(family), min_pixels=32 * 32, max_pixels=96 * 96, **flags)
+    cfg = small(out, base=base, min_pixels=32 * 32, max_pixels=96 * 96, **flags)
     policy, optimizer = train_sft.load_trainable(cfg.base, cfg, lr=1e-3)
     policy.model.train()
     script = [data.search_script(probe := data.make_probe("sign", "easy", 1), random.Random(0), pattern="depth_first")[0]]
