@@ -14,6 +14,7 @@ punishment would teach to guess before the limit. (4) is the idea of the paper; 
 
 Read next: eval.py.
 """
+import gc
 import itertools
 import random
 import time
@@ -280,6 +281,8 @@ def main(cfg: Config) -> None:
             skipped += bad
 
         forget(everything)
+        if step % 10 == 9:
+            gc.collect()                     # some of it refers to itself, and Python alone would come for it too late
         mean = lambda values: sum(values) / max(1, len(values))
         nll = -sum(float(e.logprobs.sum()) for e in everything)
         sampled_tokens = sum(int(e.assistant_mask.sum()) for e in everything)
