@@ -590,12 +590,13 @@ def poisoned(monkeypatch, *steps: int, value: float = float("nan")) -> None:
     calls, original, draw = iter(range(10**6)), train_sft.token_logprobs, train_sft.draw_batch
     batch = draw(test_train_sft.small("unused"), test_train_sft.tiny(), 3)                  # one for all steps: spares the drawing
     monkeypatch.setattr(train_sft, "draw_batch", lambda *_: batch)
+    monkeypatch.setattr(train_sft, "micro_batches", lambda episodes, *_, **__: [episodes])   # one call is one step
     monkeypatch.setattr(train_sft, "token_logprobs",
                         lambda *args: original(*args) * (value if next(calls) in steps else 1.0))
 
 
 def one_batch(out, **changes):
-    return test_train_sft.small(out, **{"micro_tokens": 10**6, "save_every": 100, **changes})
+    return test_train_sft.small(out, **{"save_every": 100, **changes})
 
 
 @pytest.mark.survives("faults", "a loss or a gradient that is not finite", "the step is skipped, counted (`skipped`) and shown")

@@ -415,8 +415,9 @@ def test_updates_split_the_questions_and_each_has_its_own_denominator(start, tmp
     groups = [[RIGHT, WRONG, WRONG, VOID], [RIGHT, RIGHT, SEARCHES, WRONG], [RIGHT, SEARCHES, SEARCHES, WRONG]]
     groups.append([RIGHT, SEARCHES, SEARCHES, SEARCHES])
     monkeypatch.setattr(train_rl, "rollout", inventor(list(groups)))
+    monkeypatch.setattr(train_rl, "micro_batches", lambda episodes, *_, **__: [episodes])    # one call is one update
     calls = spy(monkeypatch)
-    train_rl.main(small(start, tmp_path, questions=4, updates=2, micro_tokens=10**6))
+    train_rl.main(small(start, tmp_path, questions=4, updates=2))
     assert [(len(call["advantages"]), call["denominator"]) for call in calls] == [(7, 7), (3, 3)]
     assert torch.allclose(calls[0]["logp"], calls[0]["old_logp"], atol=1e-4)
     assert not torch.allclose(calls[1]["logp"], calls[1]["old_logp"], atol=1e-4)  # the second update is off policy
