@@ -1,10 +1,10 @@
 """How much faster rollouts are than what one would write first: `generate` on the whole conversation, turn after turn.
 
 Baseline: transformers' `generate` with its own KV cache and its own layers, batched, left-padded, once per turn; every
-turn encodes all images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so many turns, with
-the same weights, alternating in one process: medians after a warm-up. "of the roofline": what the one-token steps must
-read (the weights of the language model once, the keys and values of each row), at the rate of a copy measured in the
-same run, over the time that they take.
+turn encodes all images again and reads all tokens again. Both sides say the same tokens, drawn searches of exactly so
+many turns, with the same weights, alternating in one process: medians after a warm-up. "of the roofline": what the
+one-token steps must read (the weights of the language model once, the keys and values of each row), at the rate of a
+copy measured in the same run, over the time that they take.
 
     $ python tests/bench_rollout.py                                   # tiny; with CUDA also random:qwen3b and :qwen7b
     $ python tests/bench_rollout.py --bases tiny --turns 6 --batch 16 --repeats 3
