@@ -202,6 +202,27 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------------- training
 
 
+def make_optimizer(policy, cfg, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on the weights that the flags of a training script ask to train.
+
+    Without adapters they are made float32: in bfloat16, steps as small as these learning rates are rounded
+    away.
+    """
+    if policy.model is policy.base:
+        if getattr(policy.model, "is_quantized", False):
+            raise UserError("--quantize: weights in 4 bits cannot be trained; add adapters: --lora_rank 16")
+        policy.model.float()
+    if not cfg.train_vision:
+        policy.base.model.visual.requires_grad_(False)
+    if cfg.activation_checkpointing:
+        policy.base.activation_checkpointing_enable({"use_reentrant": False})
+    kind = torch.optim.AdamW
+    if cfg.adam_8bit:
+        from bitsandbytes.optim import AdamW8bit as kind
+    weights = trainable_weights(policy.model).values()
+    return kind(weights, lr=cfg.lr, betas=betas, weight_decay=weight_decay)
+
+
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:
     """Scales the gradients down to a norm of at most `limit`; returns the norm before.
 

@@ -306,7 +306,7 @@ def make_scene(
 def make_probe(
     kind: str, difficulty: str, seed: int, *, backgrounds: list[str] | None = None, **size
 ) -> Probe:
-    """Draws one probe. The same arguments give the same probe everywhere (edges of glyphs vary with FreeType).
+    """Draws one probe. The same arguments give the same probe everywhere (glyph edges vary with FreeType).
 
     backgrounds: paths of photographs, one of which lies under the plates; None = drawn clutter.
     size: grid (the image is grid x grid cells, at most one plate in each), cell (pixels per side of a cell),

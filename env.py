@@ -45,6 +45,7 @@ ahead of the bank after a failed call; the clamp excludes the last row and colum
 Read next: data.py, which makes the questions.
 """
 
+import copy
 import json
 import math
 import re
@@ -286,10 +287,9 @@ class CropEnv:
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.system_prompt, self.observation_prompt = system_prompt, observation_prompt
         self.error_prompt = error_prompt
-        self.reset()
+        self._start()
 
-    def reset(self) -> list[dict]:
-        """Starts (again). Returns the system message and the first user message (image + question)."""
+    def _start(self) -> None:
         self.observations: list[Image.Image] = [self.image]
         self.crops: list[Crop] = []
         self.crop_turns: list[int] = []
@@ -297,6 +297,10 @@ class CropEnv:
         self.turn = 0
         self.stop: str | None = None
         self.answer: str | None = None
+
+    def reset(self) -> list[dict]:
+        """Starts (again). Returns the system message and the first user message (image + question)."""
+        self._start()
         return [
             {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]},
             {"role": "user", "content": [self._view(self.image), {"type": "text", "text": self.question}]},
@@ -350,6 +354,12 @@ class CropEnv:
         if self.crop_turns[-1:] == [self.turn]:
             self.observations.pop(), self.crops.pop(), self.crop_turns.pop()
         self.end("context_limit")
+
+    def clone(self) -> "CropEnv":
+        """Another episode on the same image, from its start."""
+        other = copy.copy(self)
+        other._start()
+        return other
 
     def _locate(self, crop: Crop) -> tuple[int, int, int, int]:
         """The pixels of a crop in its source; ActionError when the bank or the size forbids it."""

@@ -42,14 +42,21 @@ from tqdm import tqdm
 import data
 from data import COLORS, DIGITS, write_atomic
 from env import ERROR_CODES, MAX_IMAGE_PIXELS, STOPS, CropEnv, fit_pixels, grade
-from model import (Policy, PolicyFlags, Protocol, load_policy, memory_advice, policy_flags, token_logprobs,
-                   worded)
+from model import (
+    Policy,
+    PolicyFlags,
+    Protocol,
+    load_policy,
+    memory_advice,
+    policy_flags,
+    token_logprobs,
+    worded,
+)
 from rollout import Episode, draw_search, messages, rollout
 from train_rl import Judge, judge_all, open_judge
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend without a window)
-
 
 ANSWER_NOW = "<think>guess</think><answer>"      # how a control opens the last message; the searcher guesses so too
 
