@@ -473,18 +473,17 @@ def grade(prediction: str | None, answer: str | list[str], options: dict[str, st
 
 
 def main(photo: Path, /, out: Path = Path("runs/env")) -> None:
-    """Plays a scripted search on a photo: three crops, one of them of a crop, one mistake, one answer.
+    """Plays a scripted search on a photo: a crop, a crop of that crop, a mistake, an answer.
 
     Args:
         photo: any image file
         out: folder for the crops, in native pixels
     """
-    script = [
-        ("The middle first.", Crop((0.25, 0.25, 0.75, 0.75), 0)),
-        ("Closer, in the frame of that crop.", Crop((0.5, 0.0, 1.0, 0.5), 1)),
-        ("A crop that was never made.", Crop((0.0, 0.0, 1.0, 1.0), 7)),
-        ("Back to the whole image.", Crop((0.0, 0.5, 0.5, 1.0), 0)),
-        ("Enough.", Answer("a photo")),
+    actions = [
+        Crop((0.25, 0.25, 0.75, 0.75), 0),  # the middle
+        Crop((0.5, 0.0, 1.0, 0.5), 1),  # closer, in the frame of that crop
+        Crop((0.0, 0.0, 1.0, 1.0), 7),  # an image that does not exist
+        Answer("a photo"),
     ]
     try:
         env = CropEnv(load_image(photo), "What is this?")
@@ -493,12 +492,10 @@ def main(photo: Path, /, out: Path = Path("runs/env")) -> None:
         sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)
     print(f"user       an image of {env.image.width} x {env.image.height}: {env.question}")
-    for thought, action in script:
-        text = f"<think>{thought}</think>{format_action(action)}"
-        print(f"assistant  {text}")
+    for text in map(format_action, actions):
         reply, stop = env.step(text)
-        parts = reply["content"] if reply else []
-        print("user      ", *(part.get("text", part.get("image")) for part in parts) if reply else [stop])
+        print(f"assistant  {text}")
+        print(f"user       {reply['content'][0]['text']}" if reply else f"stop       {stop}")
     for i, image in enumerate(env.observations[1:], 1):
         image.save(out / f"{source_name(i)}.png")
         print(f"{out / source_name(i)}.png  {image.width} x {image.height}")

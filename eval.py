@@ -1,27 +1,27 @@
-"""Accuracy against the turn limit: does a policy that was trained with few turns go on searching when it may?
+"""Accuracy against the turn limit: does a policy whose GRPO had few turns go on searching when it may?
 
-Avg@K: each question is sampled K times at temperature 1, and the mean over questions comes with its standard error.
-One pass at the largest limit gives the whole curve, since the policy does not know its limit: an episode counts at
-limit L when it answered within L turns.
+Avg@K: each question is sampled K times at temperature 1; the mean over questions comes with its standard
+error. One pass at the largest limit gives the whole curve, since the policy does not know its limit: an
+episode counts at limit L when it answered within L turns.
 
-The controls are the acceptance gate for a trained policy; all of them should end near chance. With `blind` it sees a
-grey picture, with `overview` nothing finer than the first view, with `black_crop` each crop is black. Their last
-message is opened for the policy as an answer, and where the possible answers are known the likeliest of them is taken,
-so that neither a refusal to answer nor a broken message passes for ignorance.
+The controls are the acceptance gate for a trained policy; all of them should end near chance. With `blind`
+it sees a grey picture, with `overview` nothing finer than the first view, with `black_crop` every crop is
+black. Their last message is opened for the policy as an answer, and where the possible answers are known
+the likeliest of them is taken, so that neither a refusal to answer nor a broken message passes for
+ignorance.
 
-Nothing is kept before the end, and results.json is written last: after a crash, the same command starts again, and
-gives what it would have given.
+results.json is written last: after a crash, the same command starts again and gives what it would have given.
 
     $ python eval.py                                       # runs/rl on fresh hard probes -> runs/eval
-    $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval     # both curves in one figure
+    $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval   # both curves
     $ python eval.py --control blind --out runs/eval_blind
-    $ python eval.py --data VisualProbe_Hard --samples 32 --turn_limits 4 8 16 24 32 --judge URL --judge_model NAME
-    $ python eval.py --data VisualProbe_Hard --endpoint URL --model NAME         # a policy behind a server, same table
+    $ python eval.py --data visual_probe --samples 32 --judge URL --judge_model NAME
+    $ python eval.py --data visual_probe --endpoint URL --model NAME         # a policy behind a server, same table
 
 Read next: README.md.
 """
+
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -29,67 +29,89 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from common import UserError, cli, lock, replacing, write_atomic, write_lines
 
 import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-import data
-from data import COLORS, DIGITS, write_atomic
-from env import ERROR_CODES, MAX_IMAGE_PIXELS, STOPS, CropEnv, fit_pixels, grade
-from model import (
-    Policy,
-    PolicyFlags,
-    Protocol,
-    load_policy,
-    memory_advice,
-    policy_flags,
-    token_logprobs,
-    worded,
+from data import COLORS, DIGITS, PROBE_KINDS, Probe, load_probes, probe_stream
+from env import ERROR_CODES, STOPS, CropEnv, fit_pixels, grade
+from model import Policy, Protocol, change_protocol, load_policy, policy_flags, token_logprobs, wording_flags
+from rollout import Episode, draw_search, rollout, rollout_flags
+from train_rl import judge_all, open_judge
+
+matplotlib.use("Agg")  # no window
+from matplotlib import pyplot  # noqa: E402
+
+ANSWER_NOW = (
+    "<think>guess</think><answer>"  # how a control opens the last message; the searcher guesses so too
 )
-from rollout import Episode, draw_search, messages, rollout
-from train_rl import Judge, judge_all, open_judge
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the choice of a backend without a window)
-
-ANSWER_NOW = "<think>guess</think><answer>"      # how a control opens the last message; the searcher guesses so too
 
 
 @dataclass(frozen=True)
-class Config(PolicyFlags):
-    init: Path = Path("runs/rl")       # the policy: a run directory, a Hugging Face directory or id
-    out: Path = Path("runs/eval")      # results.json, episodes.jsonl, curve.png, trajectories.html
-    count: int | None = None           # fresh probes (default: 400), or the first rows of `data` (default: all)
-    kinds: tuple[str, ...] = data.PROBE_KINDS
+class Config:
+    init: Path = Path("runs/rl")  # the policy: a run directory, a Hugging Face directory or id
+    out: Path = Path("runs/eval")  # results.json, episodes.jsonl, curve.png, trajectories.html
+    count: int | None = None  # fresh probes (default: 400), or the first rows of `data` (default: all)
+    kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # of fresh probes, drawn evenly
-    data: Path | None = None           # probes: our JSONL or a published set; default: fresh ones, never trained on
-    max_image_pixels: int = MAX_IMAGE_PIXELS  # width * height: a larger image file of `data` is refused
-    samples: int = 1                   # K episodes per probe: Avg@K
-    judge: str = "exact"               # of open answers: exact, base (the model below the adapters), or a server's URL
-    judge_model: str = ""              # the name of the judge at that server
-    endpoint: str = ""                 # a policy behind an OpenAI-compatible server, http://HOST:PORT/v1, not `init`
-    model: str = ""                    # its name there
-    max_pixels: tuple[int, ...] = ()   # pixel budgets of a view, a pass each, the first in full; default: the policy's
-    turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve; episodes run to the largest
-    trained_limit: int = 6             # marked in the figure
-    control: Literal["none", "blind", "overview", "black_crop"] = "none"  # what is hidden from the policy, see above
+    data: Path | None = None  # a set of probes, as prepare/ makes them; default: fresh ones, never trained on
+    samples: int = 1  # K episodes per probe: Avg@K
+    judge: str = "exact"  # of open answers: exact, base (the model below the adapters), or a server's URL
+    judge_model: str = ""  # the name of the judge at that server
+    endpoint: str = ""  # a policy behind an OpenAI-compatible server, http://HOST:PORT/v1, in place of `init`
+    model: str = ""  # its name there
+    turn_limits: tuple[int, ...] = (
+        2,
+        4,
+        6,
+        8,
+        12,
+        16,
+        24,
+        32,
+    )  # points of the curve; episodes run to the largest
+    trained_limit: int = 6  # of GRPO, marked in the figure
+    control: Literal["none", "blind", "overview", "black_crop"] = (
+        "none"  # what is hidden from the policy, see above
+    )
     temperature: float = 1.0
-    max_context: int = 16384           # tokens per episode before its last turn
-    max_turn_tokens: int = 48          # tokens per turn; a longer one is cut, and void (real bases: 1024)
-    against: tuple[Path, ...] = ()     # other eval directories, for the figure
-    label: str = ""                    # of this curve; default: the name of `init`
-    slots: int = 128                   # episodes at once
-    shown: int = 12                    # episodes in trajectories.html
-    seed: int = 1_000_000              # of the fresh probes and of sampling; training draws from others
+    max_context: int = 16384  # tokens per episode before its last turn
+    max_turn_tokens: int = 48  # tokens per turn; a longer one is cut, and void (real bases: 1024)
+    against: tuple[Path, ...] = ()  # other eval directories, for the figure
+    label: str = ""  # of this curve; default: the name of `init`
+    wave_size: int = 128  # episodes at once
+    shown: int = 12  # episodes in trajectories.html
+    seed: int = 1_000_000  # of the fresh probes and of sampling; training draws from others
+    compile: bool = False  # torch.compile of the one-token step; not measured on a GPU yet
+    quantize: str | None = None  # "nf4": the language model in 4 bits
+    device: str | None = None  # default: cuda if there is one
+    system_prompt: Path | None = None  # text file with another wording; default: the policy's own
+    observation_prompt: Path | None = (
+        None  # likewise, before each view; {label} {action} {image} are filled in
+    )
+    error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
+    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
+    max_pixels: int | None = None  # likewise
+
+    def __post_init__(self):
+        if min(*self.turn_limits, self.samples, self.wave_size, self.count or 1) < 1:
+            raise ValueError("--turn_limits, --samples, --wave_size and --count start at 1")
+        if self.endpoint and (self.control != "none" or not self.model):
+            raise ValueError("--endpoint needs --model NAME, and plays no --control")
 
 
-class BlackCrops(CropEnv):
+# ---------------------------------------------------------------------------------------------- controls
+
+
+class BlackCropEnv(CropEnv):
     """The black-crop control: every observation but the first view is black."""
 
     def _view(self, image: Image.Image) -> dict:
@@ -97,71 +119,44 @@ class BlackCrops(CropEnv):
         return part if image is self.image else {**part, "image": Image.new("RGB", part["image"].size)}
 
 
-class BlackEpisode(Episode):
-    """An episode of that control, for those who look at its views again."""
-
-    def views(self) -> list[Image.Image]:
-        first, *crops = super().views()
-        return [first, *(Image.new("RGB", crop.size) for crop in crops)]
-
-
-def controlled(probe: data.Probe, control: str, policy: Policy) -> data.Probe:
+def hide_image(probe: Probe, control: str, policy: Policy) -> Probe:
     """The probe as a control shows it: grey all over, or no finer than the first view."""
     if control in ("none", "black_crop"):
-        return probe                                       # its photograph stays on disk until its turn comes
+        return probe
     image = probe.open()
     if control == "blind":
-        image = Image.new("RGB", image.size, (128, 128, 128))
-    if control == "overview":
-        image = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels).resize(image.size)
-    return dataclasses.replace(probe, image=image)
-
-
-@dataclass
-class Spoken(Episode):
-    """An episode of a policy behind a server: texts, no tokens."""
-    texts: list[str] = dataclasses.field(default_factory=list)
-
-
-def spoken(cfg: Config, probes: list[data.Probe], protocol: Protocol, max_turns: int) -> list[Episode]:
-    """`cfg.samples` adjacent episodes per probe, as `rollout` gives them, of the policy behind cfg.endpoint."""
-    speak = data.speaker(data.Endpoint(cfg.endpoint, cfg.model), temperature=cfg.temperature,
-                         max_tokens=cfg.max_turn_tokens)
-    asked = [probe for probe in probes for _ in range(cfg.samples)]
-    told = {key: value for key, value in vars(protocol).items() if key != "before_question"}     # the server lays out
-    played = data.play(asked, speak, cfg.slots, max_turns=max_turns, **told)
-    nothing, ended = np.zeros(0), {}
-    for number, t in tqdm(played, total=len(asked), desc="episodes", leave=False):
-        ended[number] = Spoken(t.probe, nothing, nothing, nothing, t.crops, len(t.texts), t.stop, t.answer, t.reward,
-                               t.errors, (protocol.min_pixels, protocol.max_pixels), texts=t.texts)
-    return [ended[number] for number in range(len(asked))]
+        return replace(probe, image=Image.new("RGB", image.size, (128, 128, 128)))
+    overview = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels)
+    return replace(probe, image=overview.resize(image.size))
 
 
 @torch.no_grad()
-def choose(policy: Policy, episode: Episode, max_turns: int) -> Episode:
-    """A control's episode with its last message, opened by ANSWER_NOW, ended by the likeliest of the possible answers.
+def take_likeliest_answer(policy: Policy, episode: Episode, max_turns: int) -> Episode:
+    """A control's episode with its last message, opened by ANSWER_NOW, ended by the likeliest answer.
 
-    Unchanged if it ended before that message, or if the possible answers are not known (neither options nor ours).
+    Unchanged if it ended before that message, or if the possible answers are not known (neither options nor
+    ours).
     """
     probe = episode.probe
-    ours = () if probe.source not in data.PROBE_KINDS else DIGITS if probe.answer in DIGITS else COLORS
+    ours = () if probe.source not in PROBE_KINDS else DIGITS if probe.answer in DIGITS else COLORS
     choices = list(probe.options or ours)
     if episode.turns < max_turns or not choices:
         return episode
-    begun = np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask    # (T,) where messages begin
-    opened = episode.token_ids[:np.flatnonzero(begun)[-1]]
+    begun = (
+        np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask
+    )  # (T,) where messages begin
+    opened = episode.token_ids[: np.flatnonzero(begun)[-1]]
     rows = []
     for choice in choices:
-        ids = np.append(opened, [*policy.encode(f"{choice}</answer>"), policy.im_end])
-        rows.append(dataclasses.replace(
-            episode, token_ids=ids, assistant_mask=np.arange(len(ids)) >= len(opened), logprobs=np.zeros(len(ids)),
-            stop="answer", answer=choice, reward=grade(choice, probe.answer, probe.options)))
-    likeliest = rows[int(token_logprobs(policy, rows).sum(1).argmax())]
-    mask = np.append(episode.assistant_mask[:len(opened)], likeliest.assistant_mask[len(opened):])
-    return dataclasses.replace(likeliest, assistant_mask=mask)
+        ids = np.append(opened, policy.encode(f"{choice}</answer>"))
+        mask, reward = np.arange(len(ids)) >= len(opened), grade(choice, probe.answer, probe.options)
+        changes = {"stop": "answer", "answer": choice, "reward": reward, "logprobs": np.zeros(len(ids))}
+        rows.append(replace(episode, token_ids=ids, assistant_mask=mask, **changes))
+    return rows[int(token_logprobs(policy, rows).sum(1).argmax())]
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ---------------------------------------------------------------------------------------------- numbers
+
 
 def mean_and_error(per_question: list[list[float]]) -> tuple[float, float]:
     """Mean over questions of the mean over samples, and its standard error over questions (0 for one question).
@@ -182,209 +177,208 @@ def correct_within(episode: Episode, limit: int) -> float:
 def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) -> dict:
     """All numbers of results.json; `episodes` holds `samples` adjacent episodes per question.
 
-    An unjudged episode counts nowhere but in "unjudged". The four orders of the options of an HR-Bench question are one
-    question, so the accuracy is the mean over the four cycles, and the error is that over questions.
+    An unjudged episode counts nowhere but in "unjudged". Rows with the same "cycle_of" in meta are one
+    question (the four orders of the options in HR-Bench), so the error is over questions.
     """
-    number = {id(e): e.probe.meta.get("cycle_of", i // samples) for i, e in enumerate(episodes)}      # of its question
+    question = {id(e): e.probe.meta.get("cycle_of", i // samples) for i, e in enumerate(episodes)}
     scored = [e for e in episodes if e.judged]
-    last = limits[-1]
     if not scored:
-        raise data.UserError("the judge failed on every episode: nothing to report")
+        raise UserError("the judge failed on every episode: nothing to report")
 
     def accuracy(chosen: list[Episode], limit: int) -> dict:
         groups = defaultdict(list)
         for e in chosen:
-            groups[number[id(e)]].append(correct_within(e, limit))
+            groups[question[id(e)]].append(correct_within(e, limit))
         mean, error = mean_and_error(list(groups.values()))
         return {"accuracy": mean, "error": error, "questions": len(groups)}
 
-    def by(key) -> dict:
+    def split(key: Callable[[Probe], object]) -> dict:
         groups = defaultdict(list)
         for e in scored:
             groups[str(key(e.probe))].append(e)
-        return {name: accuracy(groups[name], last) for name in sorted(groups, key=lambda n: (len(n), n))}
+        return {
+            name: accuracy(groups[name], limits[-1]) for name in sorted(groups, key=lambda n: (len(n), n))
+        }
 
-    edges = [0, *limits]
+    crops = sum(len(e.crops) for e in episodes)
     return {
         "curve": {str(limit): accuracy(scored, limit) for limit in limits},
-        "correct_by_turns": {f"{low + 1}-{high}": statistics.fmean(
-            correct_within(e, high) - correct_within(e, low) for e in scored) for low, high in zip(edges, limits)},
         "stops": {name: statistics.fmean(e.stop == name for e in episodes) for name in STOPS},
-        "errors": {code: statistics.fmean(e.errors.count(code) for e in episodes) for code in ERROR_CODES[1:]},
+        "errors": {
+            code: statistics.fmean(e.errors.count(code) for e in episodes) for code in ERROR_CODES[1:]
+        },
         "unjudged": len(episodes) - len(scored),
         "mean_turns": statistics.fmean(e.turns for e in episodes),
-        "repeated_crops": (sum(len(e.crops) - len(set(e.crops)) for e in episodes)
-                           / max(1, sum(len(e.crops) for e in episodes))),
-        "by_source": by(lambda probe: probe.source),
-        "by_category": by(lambda probe: probe.meta.get("category") or probe.source),
-        "by_cycle": by(lambda probe: probe.meta.get("cycle_category", "unknown")),
-        "by_k": by(lambda probe: probe.meta.get("k", "unknown")),
+        "repeated_crops": sum(len(e.crops) - len(set(e.crops)) for e in episodes) / max(1, crops),
+        "by_source": split(lambda probe: probe.source),
+        "by_category": split(lambda probe: probe.meta.get("category") or probe.source),
+        "by_k": split(lambda probe: probe.meta.get("k", "unknown")),
     }
 
 
 def print_table(results: dict) -> None:
-    print("turn limit   " + "".join(f"{limit:>7s}" for limit in results["curve"]))
-    print("correct (%)  " + "".join(f"{100 * row['accuracy']:7.1f}" for row in results["curve"].values()))
-    print("  +- error   " + "".join(f"{100 * row['error']:7.1f}" for row in results["curve"].values()))
-    print("right after  " + "  ".join(
-        f"{turns} turns {100 * share:.1f} %" for turns, share in results["correct_by_turns"].items()))
-    print("stops        " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in results["stops"].items()))
-    print(f"mean turns   {results['mean_turns']:.1f}   repeated crops {100 * results['repeated_crops']:.1f} %   "
-          f"unjudged {results['unjudged']}")
-    for title in ("by_source", "by_category", "by_cycle", "by_k", "by_pixels"):
-        if set(results[title]) != {"unknown"}:
-            print(f"{title:12s} " + "  ".join(f"{name} {100 * row['accuracy']:.1f} +- {100 * row['error']:.1f}"
-                                              for name, row in results[title].items()))
+    curve = results["curve"]
+    print("turn limit   " + "".join(f"{limit:>7s}" for limit in curve))
+    print("correct (%)  " + "".join(f"{100 * row['accuracy']:7.1f}" for row in curve.values()))
+    print("  +- error   " + "".join(f"{100 * row['error']:7.1f}" for row in curve.values()))
+    print(
+        "stops        " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in results["stops"].items())
+    )
+    repeated = 100 * results["repeated_crops"]
+    print(
+        f"mean turns   {results['mean_turns']:.1f}   repeated crops {repeated:.1f} %   unjudged {results['unjudged']}"
+    )
+    for title in ("by_source", "by_category", "by_k"):
+        rows = results[title].items()
+        cells = [f"{name} {100 * row['accuracy']:.1f} +- {100 * row['error']:.1f}" for name, row in rows]
+        if len(cells) > 1 and (title != "by_category" or results["by_category"] != results["by_source"]):
+            print(f"{title:12s} " + "  ".join(cells))
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------------------- pictures
+
 
 def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None:
     """Accuracy against the turn limit, one line per run, with standard errors; the training limit is marked."""
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
     for label, curve in curves.items():
-        limits = [int(limit) for limit in curve]
-        axes.errorbar(limits, [100 * row["accuracy"] for row in curve.values()],
-                      [100 * row["error"] for row in curve.values()], marker="o", capsize=3, label=label)
+        limits, rows = [int(limit) for limit in curve], curve.values()
+        means, errors = ([100 * row[key] for row in rows] for key in ("accuracy", "error"))
+        axes.errorbar(limits, means, errors, marker="o", capsize=3, label=label)
     axes.axvline(trained_limit, color="grey", linestyle="--", linewidth=1)
-    axes.text(trained_limit + 0.4, 96, "limit in training", color="grey", fontsize=9)
+    axes.text(trained_limit + 0.4, 96, "limit in GRPO", color="grey", fontsize=9)
     axes.set(xlabel="turn limit at test", ylabel="correct (%)", ylim=(0, 100))
     axes.set_xticks(sorted({int(limit) for curve in curves.values() for limit in curve}))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right")
-    with data.replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     pyplot.close(figure)
 
 
-def picture(image: Image.Image, side: int) -> str:
-    """An <img> of the image, enlarged or reduced to `side` pixels on its longer side, embedded."""
-    scale = side / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
+def embed_image(image: Image.Image, side: int) -> str:
+    """An <img> of the image, enlarged or reduced to `side` pixels on its longer side."""
+    scale, buffer = side / max(image.size), io.BytesIO()
+    image = image.resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.NEAREST)
     image.save(buffer, "PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def said(policy: Policy | None, episode: Episode) -> list[tuple[str, bool]]:
-    """(message, whether a view answers it) of each turn."""
-    if isinstance(episode, Spoken):
-        env = CropEnv(episode.probe.open(), "", max_turns=len(episode.texts) + 1)
-        replies = [env.step(text)[0] for text in episode.texts]
-        return [(text, bool(reply) and len(reply["content"]) == 2) for text, reply in zip(episode.texts, replies)]
-    begun = np.cumsum(np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask)       # (T,) messages
-    looks = set(begun[episode.token_ids == policy.vision_start].tolist())          # the messages that a view answers
-    return [(text, number in looks) for number, text in enumerate(messages(policy, episode), 1)]
+PAGE_STYLE = """body{font:14px sans-serif;max-width:1000px;margin:2em auto}
+section{border-top:1px solid #ccc;padding:1em 0;overflow:auto}section>img{float:left;margin:0 1em 1em 0}
+li{margin:.3em 0;min-height:4em}li img{vertical-align:middle;margin-left:1em}code{white-space:pre-wrap}"""
 
 
-def page(policy: Policy | None, episodes: list[Episode]) -> str:
+def write_page(episodes: list[Episode]) -> str:
     """A plain page: per episode where it looked, what it saw, and what it said. Model text is escaped."""
-    parts = ["<!doctype html><meta charset=utf-8><title>Trajectories</title><style>body{font:14px sans-serif;"
-             "max-width:1000px;margin:2em auto}section{border-top:1px solid #ccc;padding:1em 0;overflow:auto}"
-             "section>img{float:left;margin:0 1em 1em 0}li{margin:.3em 0;min-height:4em}"
-             "li img{vertical-align:middle;margin-left:1em}code{white-space:pre-wrap}</style><h1>Trajectories</h1>"]
-    for episode in episodes:
-        views = iter(episode.views()[1:])
-        verdict = ("unjudged" if not episode.judged else "correct" if episode.reward else
-                   f"wrong, the answer is {episode.probe.answer}")
-        parts.append(f"<section>{picture(draw_search(episode), 360)}<b>{html.escape(episode.probe.prompt())}</b> "
-                     f"{html.escape(verdict)} (stop: {episode.stop}, {episode.turns} turns)<ol>")
-        for text, looked in said(policy, episode):
-            view = next(views, None) if looked else None
-            parts.append(f"<li><code>{html.escape(text)}</code>{picture(view, 64) if view else ''}</li>")
+    parts = [f"<!doctype html><meta charset=utf-8><title>Trajectories</title><style>{PAGE_STYLE}</style>"]
+    for e in episodes:
+        views = dict(zip(e.crop_turns, e.views()[1:]))
+        verdict = "correct" if e.reward else f"wrong, the answer is {e.probe.answer}"
+        verdict = html.escape(verdict if e.judged else "unjudged")
+        parts.append(f"<section>{embed_image(draw_search(e), 360)}<b>{html.escape(e.probe.prompt())}</b>")
+        parts.append(f"{verdict} (stop: {e.stop}, {e.turns} turns)<ol>")
+        for turn, text in enumerate(e.texts, 1):
+            view = embed_image(views[turn], 64) if turn in views else ""
+            parts.append(f"<li><code>{html.escape(text)}</code>{view}</li>")
         parts.append("</ol></section>")
     return "\n".join(parts)
 
 
-def record(policy: Policy | None, episode: Episode) -> dict:
+def make_row(e: Episode) -> dict:
     """One line of episodes.jsonl; "reward" is null where the judge failed."""
-    return {"question": episode.probe.question, "answer": episode.probe.answer, "prediction": episode.answer,
-            "reward": episode.reward if episode.judged else None, "stop": episode.stop, "turns": episode.turns,
-            "errors": episode.errors, "crops": [dataclasses.asdict(crop) for crop in episode.crops],
-            "messages": episode.texts if isinstance(episode, Spoken) else messages(policy, episode),
-            "source": episode.probe.source, "k": episode.probe.meta.get("k"), "seed": episode.probe.meta.get("seed")}
+    row = {
+        "question": e.probe.question,
+        "answer": e.probe.answer,
+        "prediction": e.answer,
+        "messages": e.texts,
+    }
+    row |= {"reward": e.reward if e.judged else None, "stop": e.stop, "turns": e.turns, "errors": e.errors}
+    row |= {"source": e.probe.source, "k": e.probe.meta.get("k"), "seed": e.probe.meta.get("seed")}
+    return row | {"crops": [asdict(crop) for crop in e.crops]}
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------------------------------------- the command
 
-def play_all(cfg: Config, policy: Policy | None, protocol: Protocol, probes: list[data.Probe], max_turns: int,
-             judge: Judge | None) -> list[Episode]:
-    """One pass over all probes, views sized by `protocol`, scored; `cfg.samples` adjacent episodes per probe."""
-    if cfg.endpoint:
-        episodes = spoken(cfg, probes, protocol, max_turns)
-    else:
-        policy.protocol = protocol
-        episodes = rollout(
-            policy, [controlled(probe, cfg.control, policy) for probe in probes], group_size=cfg.samples,
-            max_turns=max_turns, max_context=cfg.max_context, max_turn_tokens=cfg.max_turn_tokens,
-            temperature=cfg.temperature, seed=cfg.seed, slots=cfg.slots, progress="episodes",
-            make_env=BlackCrops if cfg.control == "black_crop" else CropEnv,
-            force_answer="" if cfg.control == "none" else ANSWER_NOW)
+
+def play_here(cfg: Config, policy: Policy, probes: list[Probe], max_turns: int) -> list[Episode]:
+    """`cfg.samples` adjacent episodes per probe, as the control asks for them."""
+    controlled = cfg.control != "none"
+    options = {"group_size": cfg.samples, "max_turns": max_turns, "progress": "episodes"}
+    if controlled:
+        options["force_answer"] = ANSWER_NOW
     if cfg.control == "black_crop":
-        episodes = [BlackEpisode(**vars(episode)) for episode in episodes]
-    if cfg.control != "none":
-        episodes = [choose(policy, episode, max_turns) for episode in episodes]
-    judge_all(episodes, judge)
-    return episodes
+        options["env_class"] = BlackCropEnv
+    shown = [hide_image(probe, cfg.control, policy) for probe in probes]
+    episodes = rollout(policy, shown, **rollout_flags(cfg) | options)
+    return [take_likeliest_answer(policy, e, max_turns) for e in episodes] if controlled else episodes
 
 
-@memory_advice("--slots", "--max_context", "--turn_limits")
+def play_served(cfg: Config, probes: list[Probe], max_turns: int) -> list[Episode]:
+    """The same for a policy behind a server."""
+    from endpoint import Endpoint, play_episodes
+
+    return play_episodes(
+        Endpoint(cfg.endpoint, cfg.model),
+        probes,
+        change_protocol(Protocol(), wording_flags(cfg)),
+        threads=cfg.wave_size,
+        samples=cfg.samples,
+        max_turns=max_turns,
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_turn_tokens,
+    )
+
+
+def read_results(directory: Path) -> dict:
+    """results.json of another evaluation. UserError if it is not there or not whole."""
+    try:
+        results = json.loads((directory / "results.json").read_text())
+        return {"label": results["label"], "curve": results["curve"]}
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--against: no results.json of an evaluation in {directory}") from None
+
+
 def main(cfg: Config) -> None:
-    count = 400 if cfg.count is None else cfg.count
-    if not cfg.turn_limits or min(*cfg.turn_limits, cfg.samples, cfg.slots, *cfg.max_pixels, count) < 1:
-        raise data.UserError("--turn_limits, --samples, --slots, --max_pixels and --count start at 1")
-    if cfg.endpoint and (cfg.control != "none" or not cfg.model):
-        raise data.UserError("--endpoint needs --model NAME, and plays no --control")
-    if cfg.data:
-        probes = data.load_probes(cfg.data, cfg.count, cfg.max_image_pixels)
-    else:
-        stream = data.probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
-        probes = [next(stream) for _ in range(count)]
+    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
+    probes = load_probes(cfg.data, cfg.count) if cfg.data else [next(stream) for _ in range(cfg.count or 400)]
     limits = tuple(sorted(cfg.turn_limits))
-    against = []
-    for other in cfg.against:
-        if not (other / "results.json").exists():
-            raise data.UserError(f"--against: no results.json in {other}")
-        against.append(data.read_json(other / "results.json"))
-        if not {"label", "curve"} <= against[-1].keys():
-            raise data.UserError(f"--against: {other / 'results.json'} holds no label and curve")
-    policy = None if cfg.endpoint else load_policy(str(cfg.init), **policy_flags(cfg) | {"max_pixels": None})
-    protocol = policy.protocol if policy else worded(Protocol(), system_prompt=cfg.system_prompt,
-                                                     observation_prompt=cfg.observation_prompt,
-                                                     min_pixels=cfg.min_pixels)
+    others = [read_results(directory) for directory in cfg.against]
+    policy = None if cfg.endpoint else load_policy(str(cfg.init), **policy_flags(cfg))
     judge = open_judge(cfg.judge, cfg.judge_model, policy)
-    data.lock(cfg.out)
-    began, episodes, by_pixels = time.time(), [], {}
-    for budget in cfg.max_pixels or (protocol.max_pixels,):
-        sized = dataclasses.replace(protocol, max_pixels=budget, min_pixels=min(protocol.min_pixels, budget))
-        played = play_all(cfg, policy, sized, probes, limits[-1], judge)
-        told = summarise(played, cfg.samples, limits)
-        by_pixels[str(budget)] = {**told["curve"][str(limits[-1])], "mean_turns": told["mean_turns"]}
-        episodes = episodes or played
+    lock(cfg.out)
+    began = time.time()
+    episodes = play_here(cfg, policy, probes, limits[-1]) if policy else play_served(cfg, probes, limits[-1])
+    judge_all(episodes, judge)
     label = cfg.label or cfg.model or cfg.init.name
-    results = {"label": label, "init": cfg.endpoint or str(cfg.init), "probes": len(probes), "samples": cfg.samples,
-               "seed": cfg.seed, "control": cfg.control, "judge": cfg.judge, "seconds": round(time.time() - began, 1),
-               **summarise(episodes, cfg.samples, limits), "by_pixels": by_pixels}
-    (cfg.out / "results.json").unlink(missing_ok=True)     # of an earlier evaluation; if it is there, all of it is
-    lines = (json.dumps(record(policy, episode)) + "\n" for episode in episodes)
-    write_atomic(cfg.out / "episodes.jsonl", "".join(lines).encode())
+    results = {
+        "label": label,
+        "init": cfg.endpoint or str(cfg.init),
+        "probes": len(probes),
+        "samples": cfg.samples,
+        "seed": cfg.seed,
+        "control": cfg.control,
+        "judge": cfg.judge,
+        "seconds": round(time.time() - began, 1),
+        **summarise(episodes, cfg.samples, limits),
+    }
+    (cfg.out / "results.json").unlink(missing_ok=True)  # of an earlier evaluation; where it is, all of it is
+    write_lines(cfg.out / "episodes.jsonl", map(make_row, episodes))
     curves = {label: results["curve"]}
-    for other, theirs in zip(cfg.against, against):
-        name = theirs["label"] if theirs["label"] not in curves else f"{theirs['label']} ({other})"
-        curves[name] = theirs["curve"]
+    for directory, other in zip(cfg.against, others):
+        name = other["label"] if other["label"] not in curves else f"{other['label']} ({directory})"
+        curves[name] = other["curve"]
     draw_curves(curves, cfg.trained_limit, cfg.out / "curve.png")
     shown = random.Random(cfg.seed).sample(episodes, min(cfg.shown, len(episodes)))
-    write_atomic(cfg.out / "trajectories.html", page(policy, shown).encode())
+    write_atomic(cfg.out / "trajectories.html", write_page(shown).encode())
     write_atomic(cfg.out / "results.json", json.dumps(results, indent=1).encode())
     print_table(results)
-    print(f"{len(episodes)} episodes in {results['seconds']} s; results, curve.png and trajectories.html in {cfg.out}")
+    print(f"{len(episodes)} episodes in {results['seconds']} s; curve.png, trajectories.html in {cfg.out}")
 
 
-REAL = Config(max_turn_tokens=1024, max_context=32_768, slots=4)
-PRESETS = {"tiny": Config(), "qwen3b": REAL, "qwen7b": dataclasses.replace(REAL, quantize="nf4"),
-           "paper": dataclasses.replace(REAL, max_pixels=(2_000_000,))}
+REAL = Config(max_turn_tokens=1024, max_context=32_768, wave_size=4)
+PRESETS = {"tiny": Config(), "qwen3b": REAL, "qwen7b": replace(REAL, quantize="nf4")}
 
 
 if __name__ == "__main__":
-    data.command(main, Config, PRESETS)
+    cli(main, Config, PRESETS)

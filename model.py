@@ -125,43 +125,24 @@ What color is the tag with |the | and |What number is on sign |What number is le
 
 def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int = 96, vision_layers: int = 2):
     """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
-    token_id = tokenizer.convert_tokens_to_ids
     end = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
+    text = dict(
+        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, initializer_range=0.05
+    )
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, tie_word_embeddings=True)
+    text |= dict(vocab_size=len(tokenizer), max_position_embeddings=32_768, bos_token_id=None, **end)
+    vision = dict(hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=vision_width // 16)
+    vision |= dict(
+        depth=vision_layers, fullatt_block_indexes=list(range(vision_layers)), out_hidden_size=width
+    )
+    vision |= dict(
+        patch_size=8, spatial_merge_size=2, temporal_patch_size=1, window_size=64, initializer_range=0.05
+    )
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])))
     config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32_768,
-            tie_word_embeddings=True,
-            rope_parameters=rope,
-            initializer_range=0.05,
-            bos_token_id=None,
-            **end,
-        ),
-        vision_config=dict(
-            depth=vision_layers,
-            hidden_size=vision_width,
-            intermediate_size=3 * vision_width,
-            num_heads=vision_width // 16,
-            patch_size=8,
-            spatial_merge_size=2,
-            temporal_patch_size=1,
-            window_size=64,
-            out_hidden_size=width,
-            fullatt_block_indexes=list(range(vision_layers)),
-            initializer_range=0.05,
-        ),
-        tie_word_embeddings=True,
-        image_token_id=token_id(IMAGE_PAD),
-        video_token_id=token_id(VIDEO_PAD),
-        vision_start_token_id=token_id(VISION_START),
-        vision_end_token_id=token_id(VISION_END),
-        **end,
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids, **end
     )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     # Queries start equal to keys, so that every head first attends to what looks alike ("mimetic
@@ -359,13 +340,9 @@ def load_policy(
     quantize: str | None = None,
     lora_rank: int = 0,
     lora_alpha: int | None = None,
-    system_prompt: Path | None = None,
-    observation_prompt: Path | None = None,
-    error_prompt: Path | None = None,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    **wording,
 ) -> Policy:
     """Loads a policy, ready to sample and to train.
 
@@ -373,9 +350,9 @@ def load_policy(
     family, or a directory: a checkpoint, or a run of ours, adapter runs included. adapter: a peft directory
     to put on top. quantize: "nf4" loads the language model in 4 bits (bitsandbytes). lora_rank: adds fresh
     LoRA adapters to the language model, unless there is an adapter, and freezes all else; 0 trains every
-    weight. lora_alpha: default twice the rank. *_prompt (text files), min_pixels, max_pixels: replace what
-    the policy was saved with. device: default cuda if there is one. dtype: default bfloat16 on cuda for
-    checkpoints above 1 GB, else float32. UserError when there is nothing to load.
+    weight. lora_alpha: default twice the rank. wording: see change_protocol; it replaces what the policy
+    was saved with. device: default cuda if there is one. dtype: default bfloat16 on cuda for checkpoints
+    above 1 GB, else float32. UserError when there is nothing to load.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     protocol = Protocol()
@@ -403,12 +380,20 @@ def load_policy(
     model.set_attn_implementation(OUR_ATTENTION)
     if adapter or lora_rank:
         model = add_adapters(model, adapter, lora_rank, lora_alpha)
-    prompts = dict(
-        system_prompt=system_prompt, observation_prompt=observation_prompt, error_prompt=error_prompt
-    )
-    changes = {key: read_prompt(file) for key, file in prompts.items() if file}
-    changes |= {key: n for key, n in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if n}
-    return Policy(model, tokenizer, processor, replace(protocol, **changes), name)
+    return Policy(model, tokenizer, processor, change_protocol(protocol, wording), name)
+
+
+def change_protocol(protocol: Protocol, wording: dict) -> Protocol:
+    """The protocol with other prompts (paths of text files) and view sizes, where they are not None."""
+    changes = {
+        key: read_prompt(v) if isinstance(v, Path) else v for key, v in wording.items() if v is not None
+    }
+    protocol = replace(protocol, **changes)
+    if not 1 <= protocol.min_pixels <= protocol.max_pixels:
+        raise UserError(
+            f"need 1 <= --min_pixels ({protocol.min_pixels}) <= --max_pixels ({protocol.max_pixels})"
+        )
+    return protocol
 
 
 def load_weights(
@@ -464,7 +449,12 @@ def add_adapters(model: nn.Module, adapter: str | None, rank: int, alpha: int | 
 def policy_flags(cfg) -> dict:
     """The fields of a script's Config that load_policy takes."""
     names = inspect.signature(load_policy).parameters
-    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)} | wording_flags(cfg)
+
+
+def wording_flags(cfg) -> dict:
+    """The fields of a script's Config that change the protocol."""
+    return {name: getattr(cfg, name) for name in Protocol.__dataclass_fields__ if hasattr(cfg, name)}
 
 
 # ---------------------------------------------------------------------------------------------- log-probs
@@ -562,9 +552,7 @@ def micro_batches(episodes: list, budget: int) -> list[list]:
 @dataclass(frozen=True)
 class Config:
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
-    quantize: str | None = None  # "nf4": the language model in 4 bits
     lora_rank: int = 0  # adapters of this rank on the language model
-    device: str | None = None  # default: cuda if there is one
 
 
 def main(cfg: Config) -> None:

@@ -21,6 +21,7 @@ Read next: train_sft.py.
 """
 
 import copy
+import inspect
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +184,7 @@ BLOCK = 64  # columns that a cache layer grows by: a token costs one column, not
 
 
 class BlockLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, H, K, D), K a multiple of BLOCK. All rows write the same `columns`."""
+    """Keys and values of one layer, (B, H, K, D), K a multiple of BLOCK. All rows share `columns`."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, dim = key_states.shape
@@ -230,7 +231,7 @@ class Wave:
         self.step_model = torch.compile(policy.base.model) if compile else policy.base.model
 
     def forward(self, ids: np.ndarray, positions: np.ndarray, real: np.ndarray, features: list) -> Tensor:
-        """Reads ids (B, L) at positions (3, B, L); real (B, L) is False at padding. Last hidden states (B, D)."""
+        """Reads ids (B, L) at positions (3, B, L); real (B, L) is False at padding. Hidden states (B, D)."""
         device, length = self.policy.device, ids.shape[1]
         ids, positions, real = (torch.from_numpy(array).to(device) for array in (ids, positions, real))
         columns = torch.arange(self.columns, self.columns + length, device=device)
@@ -386,6 +387,11 @@ def rollout(
     return episodes
 
 
+def rollout_flags(cfg) -> dict:
+    """The fields of a script's Config that rollout takes."""
+    return {name: getattr(cfg, name) for name in inspect.signature(rollout).parameters if hasattr(cfg, name)}
+
+
 # ------------------------------------------------------------------------------------ reading an episode
 
 
@@ -450,8 +456,7 @@ class Config:
 def main(cfg: Config) -> None:
     probe = Probe(load_image(cfg.image), cfg.question, answer="")
     policy = load_policy(str(cfg.init), **policy_flags(cfg))
-    options = {"max_turns": cfg.max_turns, "max_turn_tokens": cfg.max_turn_tokens, "compile": cfg.compile}
-    (episode,) = rollout(policy, [probe], temperature=cfg.temperature, seed=cfg.seed, **options)
+    (episode,) = rollout(policy, [probe], **rollout_flags(cfg))
     for i, text in enumerate(episode.texts, 1):
         print(f"{i:2d}. {text}")
     print(f"stop: {episode.stop}   answer: {episode.answer}")

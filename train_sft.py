@@ -25,19 +25,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import (
-    StopSignal,
-    UserError,
-    cli,
-    clip_gradients,
-    load_run,
-    log_metrics,
-    make_optimizer,
-    open_run,
-    peak_gb,
-    resume_command,
-    save_run,
-)
+import common
 
 import torch
 from tqdm import tqdm
@@ -102,7 +90,7 @@ class Config:
 
 
 def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> list[Episode]:
-    """The episodes of one step. They depend on the seed and the step alone, so a resumed run sees the same."""
+    """The episodes of one step. They depend on seed and step alone, so a resumed run sees the same."""
     if written:  # every epoch has all of them, in an order of its own
         batch = []
         for at in range(step * cfg.batch, (step + 1) * cfg.batch):
@@ -130,7 +118,7 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
 
 
 class Batches(torch.utils.data.Dataset):
-    """The batches of a run, by step, as another process draws them: with their views, without their pictures."""
+    """The batches of a run, by step, as another process draws them: views are kept, pictures are not."""
 
     def __init__(self, cfg: Config, policy: Policy, written: list[Probe]):
         self.arguments = cfg, policy, written
@@ -170,7 +158,7 @@ def load_batches(
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Linear rise to the peak, held through the warm-up; then a cosine, down to a share of the peak at the end."""
+    """Linear rise to the peak, held through the warm-up; then a cosine, down to a share of the peak."""
     share = max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * share))
     return cfg.lr * min(1.0, (step + 1) / cfg.lr_rise) * (cfg.lr_floor + (1 - cfg.lr_floor) * cosine)
@@ -180,7 +168,9 @@ def load_searches(cfg: Config) -> list[Probe]:
     """The searches of --data, [] without it. UserError for a set of questions without searches."""
     written = load_probes(cfg.data) if cfg.data else []
     if any("texts" not in probe.meta for probe in written):
-        raise UserError(f"--data {cfg.data}: holds questions without searches; see prepare/cold_start.py")
+        raise common.UserError(
+            f"--data {cfg.data}: holds questions without searches; see prepare/cold_start.py"
+        )
     turns = [len(probe.meta["texts"]) for probe in written]
     if written:
         cut = sum(n > cfg.max_turns for n in turns)
@@ -192,11 +182,11 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     written = load_searches(cfg)
     policy = load_policy(cfg.base, **policy_flags(cfg))
-    optimizer = make_optimizer(policy, cfg, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
-    open_run(cfg)
-    start = load_run(cfg.out, policy, optimizer) if cfg.resume else 0
+    optimizer = common.make_optimizer(policy, cfg, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    common.open_run(cfg)
+    start = common.load_run(cfg.out, policy, optimizer) if cfg.resume else 0
     policy.model.train()
-    stop = StopSignal()
+    stop = common.StopSignal()
     ended = time.time()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="cold start")
     for step, episodes in zip(bar, load_batches(cfg, policy, start, written)):
@@ -213,7 +203,7 @@ def main(cfg: Config) -> None:
             loss += batch_loss.item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-        norm = clip_gradients(optimizer, cfg.grad_clip)
+        norm = common.clip_gradients(optimizer, cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -227,19 +217,19 @@ def main(cfg: Config) -> None:
             "turns": sum(e.turns for e in episodes) / len(episodes),
             "time/step": time.time() - began,
             "time/wait": began - ended,
-            "memory_gb": peak_gb(),
+            "memory_gb": common.peak_gb(),
         }
         ended = time.time()
-        log_metrics(cfg.out, metrics)
+        common.log_metrics(cfg.out, metrics)
         if step % 10 == 9:
             tqdm.write(
                 "step {step:4d}  {phase:7s}  loss {loss:.3f}  grad {grad_norm:.2f}  turns {turns:.1f}  "
                 "{time/step:.2f} s + {time/wait:.2f} s waiting for data".format(**metrics)
             )
         if stop.requested or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_run(cfg.out, policy, optimizer, step + 1)
+            common.save_run(cfg.out, policy, optimizer, step + 1)
         if stop.requested:
-            tqdm.write(f"stopped after step {step + 1}; go on with: {resume_command()}")
+            tqdm.write(f"stopped after step {step + 1}; go on with: {common.resume_command()}")
             return
     print(f"saved in {cfg.out}; next: python train_rl.py --init {cfg.out}")
 
@@ -261,4 +251,4 @@ PRESETS = {"tiny": Config(), "qwen3b": QWEN3B, "qwen7b": QWEN7B}
 
 
 if __name__ == "__main__":
-    cli(main, Config, PRESETS)
+    common.cli(main, Config, PRESETS)

@@ -78,7 +78,7 @@ def read_table_row(row: dict, images: ImageWriter) -> Probe:
 
 def main(cfg: Config) -> None:
     repo, pattern = SETS[cfg.name]
-    file = find_file(cfg.src, repo, pattern)
+    file = find_file(cfg.src, repo, pattern, download="*.tsv" if cfg.name == "lite" else None)
     if file.suffix == ".json":
         convert(read_json(file), lambda row: read_json_row(row, file.parent), cfg.out)
     else:

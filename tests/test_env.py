@@ -1,6 +1,25 @@
 """Tests of env.py: the protocol, the pixels, the files, the grader. No model, no network.
 
 More drawn messages: python -m pytest tests/test_env.py --examples 100000
+
+Lines that were flipped, each with the test that then failed:
+    parse_action     join the rest of the text without spaces   malformed_actions_have_a_typed_error
+    parse_action     an unclosed thought hides its action       an_error_costs_a_turn_and_voids_the_last_one
+    parse_action     the first of several actions counts        an_error_costs_a_turn_and_voids_the_last_one
+    _parse_crop      integers stay integers                     well_formed_actions_are_read
+    _quote           no cut after the escapes                   malformed_actions_have_a_typed_error
+    crop_pixels      int instead of ceil, or no 1e-9            boxes_are_half_open_and_rounded_outwards
+    fit_pixels       the aspect is not limited                  views_stay_inside_the_limits_and_keep_...
+    step             crop the view, not the bank                a_crop_of_a_crop_stays_as_sharp_as_the_photo
+    step             label = turn                               a_box_is_relative_to_its_source_and_labels_...
+    step             an error in the last turn is turn_limit    an_error_costs_a_turn_and_voids_the_last_one
+    step             image_limit before turn_limit              three_turns_end_as_the_table_says
+    take_back_reply  always, or never, take the last crop       a_reply_that_does_not_fit_the_context_...
+    reset            crop_turns stays                           a_step_after_the_end_is_the_callers_mistake_...
+    to_rgb           16 bits are not scaled                     16_bit_pixels_are_scaled_and_...
+    load_image       catch no SyntaxError, or no RuntimeError   broken_files_name_the_file_and_the_reason
+    _choose          text before letter                         honest_answers_score_and_...
+    grade            the answer may be a part of the prediction an_answer_with_more_around_it_does_not_score
 """
 
 import re
@@ -90,9 +109,9 @@ MALFORMED = [
     ("bad_box", *map(call, ["0.5", "[0, 0, 1]", "[0, 0, [1], 1]", "[0, 0, true, 1]", '["0", 0, 1, 1]'])),
     ("bad_box", *map(call, ["[0, 0, NaN, 1]", "[0, 0, 1e999, 1]", f"[0, 0, 1{'0' * 400}, 1]"])),
     ("bad_box", *map(call, ["[0.6, 0, 0.4, 1]", "[0, -2, 1, 0]", "[1, 0, 2, 1]", "[10, 20, 30, 40]"])),
-    ("bad_box", call("[0, 0, 0, 0]", "nowhere")),  # the box comes before the source
-    ("bad_source", *(call(source=f"observation_{i}") for i in ["0", "01", "1 ", "\u0661", "9" * 1900])),
-    ("bad_source", call(source=""), call().replace('"original_image"', "0")),
+    ("bad_box", call("[0, 0, 1, 1, 1]"), call("[0, 0, 0, 0]", "nowhere")),  # the box comes before the source
+    ("bad_source", *(call(source=f"observation_{i}") for i in ["0", "01", "1 ", "1\u0661", "9" * 1900])),
+    ("bad_source", call(source=""), call(source="\U0001f600" * 99), call().replace('"original_image"', "0")),
 ]
 
 
@@ -100,7 +119,7 @@ MALFORMED = [
 def test_malformed_actions_have_a_typed_error(code, text):
     with pytest.raises(ActionError) as caught:
         parse_action(text)
-    assert caught.value.code == code
+    assert caught.value.code == code and len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("text", [*TAGS, "<think></think>", "<", "[", '"'])
@@ -431,17 +450,17 @@ def test_16_bit_pixels_are_scaled_and_those_without_a_known_white_are_refused(tm
 
 
 def test_broken_files_name_the_file_and_the_reason(tmp_path):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    jpg, png = (saved(tmp_path, noise, f"whole.{suffix}").read_bytes() for suffix in ("jpg", "png"))
-    bomb = png[:16] + (50_000).to_bytes(4, "big") * 2 + png[24:29]  # claims 50 000 x 50 000 pixels
-    files = {"cut.jpg": jpg[: len(jpg) // 2], "cut.png": png[: len(png) // 2], "header.png": png[:20]}
-    files |= {"empty.jpg": b"", "text.jpg": b"no image", "chunk.png": png[:33] + bytes(99) + png[33:]}
-    files |= {"bomb.png": bomb + zlib.crc32(bomb[12:]).to_bytes(4, "big") + png[33:]}
-    for name, content in files.items():
+    names = [saved(tmp_path, coordinates(240, 200), f"whole.{kind}") for kind in ("jpg", "png", "avif")]
+    jpg, png, avif = (name.read_bytes() for name in names)
+    header = png[12:16] + (50_000).to_bytes(4, "big") * 2 + png[24:29]  # claims 50 000 x 50 000 pixels
+    files = {"bomb.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]}
+    files |= {"cut.jpg": jpg[: len(jpg) // 2], "cut.png": png[: len(png) // 2], "header.png": png[:20]}
+    files |= {"chunk.png": png[:33] + b"\0\0\1\0" + png[37:], "item.avif": avif.replace(b"av01", b"none")}
+    for name, content in (files | {"empty.jpg": b"", "text.jpg": b"no image"}).items():
         (tmp_path / name).write_bytes(content)
-    for path in [*(tmp_path / name for name in [*files, "missing.jpg", "a\0b.jpg"]), tmp_path]:
-        with pytest.raises(ImageError, match=f"^{re.escape(str(path))}: .+$"):
-            load_image(path)
+    for name in [*files, "empty.jpg", "text.jpg", "missing.jpg", "a\0b.jpg", "."]:
+        with pytest.raises(ImageError, match=f"^{re.escape(str(tmp_path / name))}: .+$"):
+            load_image(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------------- grading
