@@ -79,7 +79,7 @@ class Endpoint:
 
 
 def encode_message(message: dict) -> dict:
-    """A chat message as the API takes it: images as PNG data URLs, so that the server sees the same pixels."""
+    """A chat message as the API takes it: images as PNG data URLs, so the server sees the same pixels."""
 
     def encode(part: dict) -> dict:
         if part["type"] == "text":
@@ -131,7 +131,7 @@ def play_episode(
 def play_episodes(
     endpoint: Endpoint, probes: list[Probe], protocol: Protocol, *, threads: int, samples: int = 1, **options
 ) -> list[Episode]:
-    """`samples` adjacent episodes per probe, as `rollout` gives them; `threads` of them are played at once."""
+    """`samples` adjacent episodes per probe, as `rollout` gives them; plays `threads` of them at once."""
     wanted = [probe for probe in probes for _ in range(samples)]
     with ThreadPoolExecutor(threads) as pool:
         played = pool.map(lambda probe: play_episode(endpoint, probe, protocol, **options), wanted)
@@ -139,7 +139,7 @@ def play_episodes(
 
 
 def make_endpoint_judge(url: str, model: str, example: str) -> Callable[[list[str]], list[bool | None]]:
-    """A judge behind a server: prompts in, yes or no out; None where it cannot be reached or says neither.
+    """A judge behind a server: prompts in, yes or no out. None where it fails or says neither.
 
     example: a prompt whose answer is yes. UserError if the judge does not say yes or no to it.
     """

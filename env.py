@@ -57,16 +57,8 @@ from PIL import Image, ImageOps
 
 STOPS = ("answer", "turn_limit", "image_limit", "context_limit", "void")
 OVER_TURN = ("turn_limit", "image_limit", "context_limit")  # a limit ended the search: its outcome is unknown
-ERROR_CODES = (
-    "no_action",
-    "two_actions",
-    "unclosed_tag",
-    "empty_answer",
-    "bad_json",
-    "bad_box",
-    "bad_source",
-    "bad_size",
-)
+CALL_ERRORS = ("bad_json", "bad_box", "bad_source", "bad_size")
+ERROR_CODES = ("no_action", "two_actions", "unclosed_tag", "empty_answer", *CALL_ERRORS)
 
 SYSTEM_PROMPT = (
     "Answer the question about the image. Small things may need a closer look first. "

@@ -16,7 +16,7 @@ results.json is written last: after a crash, the same command starts again and g
     $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval   # both curves
     $ python eval.py --control blind --out runs/eval_blind
     $ python eval.py --data visual_probe --samples 32 --judge URL --judge_model NAME
-    $ python eval.py --data visual_probe --endpoint URL --model NAME         # a policy behind a server, same table
+    $ python eval.py --data visual_probe --endpoint URL --model NAME      # a served policy
 
 Read next: README.md.
 """
@@ -159,7 +159,7 @@ def take_likeliest_answer(policy: Policy, episode: Episode, max_turns: int) -> E
 
 
 def mean_and_error(per_question: list[list[float]]) -> tuple[float, float]:
-    """Mean over questions of the mean over samples, and its standard error over questions (0 for one question).
+    """Mean over questions of the mean over samples, and its standard error over questions (0 for one).
 
     >>> mean, error = mean_and_error([[1, 0], [1, 1], [0, 0]])
     >>> mean, round(error, 6)
@@ -224,10 +224,8 @@ def print_table(results: dict) -> None:
     print(
         "stops        " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in results["stops"].items())
     )
-    repeated = 100 * results["repeated_crops"]
-    print(
-        f"mean turns   {results['mean_turns']:.1f}   repeated crops {repeated:.1f} %   unjudged {results['unjudged']}"
-    )
+    line = "mean turns   {mean_turns:.1f}   repeated crops {repeated_crops:.1%}   unjudged {unjudged}"
+    print(line.format(**results))
     for title in ("by_source", "by_category", "by_k"):
         rows = results[title].items()
         cells = [f"{name} {100 * row['accuracy']:.1f} +- {100 * row['error']:.1f}" for name, row in rows]
@@ -239,7 +237,7 @@ def print_table(results: dict) -> None:
 
 
 def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None:
-    """Accuracy against the turn limit, one line per run, with standard errors; the training limit is marked."""
+    """Accuracy against the turn limit, one line per run, with standard errors; marks the limit of GRPO."""
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
     for label, curve in curves.items():
         limits, rows = [int(limit) for limit in curve], curve.values()

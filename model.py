@@ -339,7 +339,6 @@ def load_policy(
     adapter: str | None = None,
     quantize: str | None = None,
     lora_rank: int = 0,
-    lora_alpha: int | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     **wording,
@@ -350,7 +349,7 @@ def load_policy(
     family, or a directory: a checkpoint, or a run of ours, adapter runs included. adapter: a peft directory
     to put on top. quantize: "nf4" loads the language model in 4 bits (bitsandbytes). lora_rank: adds fresh
     LoRA adapters to the language model, unless there is an adapter, and freezes all else; 0 trains every
-    weight. lora_alpha: default twice the rank. wording: see change_protocol; it replaces what the policy
+    weight. wording: see change_protocol; it replaces what the policy
     was saved with. device: default cuda if there is one. dtype: default bfloat16 on cuda for checkpoints
     above 1 GB, else float32. UserError when there is nothing to load.
     """
@@ -379,7 +378,7 @@ def load_policy(
             raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
     model.set_attn_implementation(OUR_ATTENTION)
     if adapter or lora_rank:
-        model = add_adapters(model, adapter, lora_rank, lora_alpha)
+        model = add_adapters(model, adapter, lora_rank)
     return Policy(model, tokenizer, processor, change_protocol(protocol, wording), name)
 
 
@@ -427,7 +426,7 @@ def read_prompt(file: Path) -> str:
         raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
-def add_adapters(model: nn.Module, adapter: str | None, rank: int, alpha: int | None) -> nn.Module:
+def add_adapters(model: nn.Module, adapter: str | None, rank: int) -> nn.Module:
     """Puts LoRA adapters on the language model, saved or fresh, and freezes all else.
 
     No dropout: log-probs in training have to be those of sampling.
@@ -436,8 +435,9 @@ def add_adapters(model: nn.Module, adapter: str | None, rank: int, alpha: int | 
 
     if not adapter:
         model.requires_grad_(False)
-        alpha = alpha or 2 * rank
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        )
         return peft.get_peft_model(model, config)
     config = peft.PeftConfig.from_pretrained(adapter)
     config.lora_dropout = 0.0

@@ -75,7 +75,6 @@ class Config:
     activation_checkpointing: bool = False  # keep few activations, compute them again: less memory, more time
     adam_8bit: bool = False  # moments of AdamW in 8 bits (bitsandbytes)
     lora_rank: int = 0  # adapters of this rank on the language model, all else frozen; 0 trains every weight
-    lora_alpha: int | None = None  # default: twice the rank
     quantize: str | None = None  # "nf4": the language model in 4 bits
     device: str | None = None  # default: cuda if there is one
     system_prompt: Path | None = None  # text file with another wording; default: the policy's own
@@ -396,7 +395,8 @@ def main(cfg: Config) -> None:
         }
         common.log_metrics(cfg.out, metrics)
         tqdm.write(
-            "step {step:3d}  reward {reward:.2f}  wrong {wrong:.2f}  over-turn {over_turn:.2f}  void {stop/void:.2f}  turns {turns:.1f}  nll {nll:.3f}  drift {ratio_drift:.0e}  grad {grad_norm:.2f}  "
+            "step {step:3d}  reward {reward:.2f}  wrong {wrong:.2f}  over-turn {over_turn:.2f}  turns {turns:.1f}  "
+            "void {stop/void:.2f}  nll {nll:.3f}  drift {ratio_drift:.0e}  grad {grad_norm:.2f}  "
             "{time/rollout:.1f} of {time/step:.1f} s in rollouts  {memory_gb:.1f} GB".format(**metrics)
         )
         if step % cfg.show_every == 0 and groups:

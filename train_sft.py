@@ -77,7 +77,6 @@ class Config:
     activation_checkpointing: bool = False  # keep few activations, compute them again: less memory, more time
     adam_8bit: bool = False  # moments of AdamW in 8 bits (bitsandbytes)
     lora_rank: int = 0  # adapters of this rank on the language model, all else frozen; 0 trains every weight
-    lora_alpha: int | None = None  # default: twice the rank
     quantize: str | None = None  # "nf4": the language model in 4 bits
     device: str | None = None  # default: cuda if there is one
     system_prompt: Path | None = None  # text file with another wording; default: the policy's own
