@@ -86,16 +86,15 @@ class Episode:
             return list(self.kept_views)
         env = self.env_class(self.probe.open(), "", len(self.crops) + 1, *self.view_pixels)
         messages = env.reset() + [env.step(format_action(crop))[0] for crop in self.crops]
-        return [
-            part["image"] for message in messages for part in message["content"] if part["type"] == "image"
-        ]
+        parts = [part for message in messages for part in message["content"]]
+        return [part["image"] for part in parts if part["type"] == "image"]
 
     # -- while it is played
 
-    def begin(self, policy: Policy, env: CropEnv, opening: list[dict], force_answer: str = "") -> None:
+    def begin(self, policy: Policy, env: CropEnv, force_answer: str = "") -> None:
         """Writes the opening messages. force_answer: text that begins the last allowed turn, not sampled."""
         self.env, self.env_class, self.force_answer = env, type(env), force_answer
-        self.write(policy, opening, "")
+        self.write(policy, env.reset(), "")
 
     def fork(self) -> "Episode":
         """Another rollout of the same question: the same opening, an environment and records of its own."""
@@ -167,7 +166,7 @@ def replay(policy: Policy, probe: Probe, texts: list[str], env_class: type[CropE
     """A written search as an episode: renderer, mask and environment are those of a rollout."""
     env = policy.protocol.make_env(probe, max_turns=len(texts), env_class=env_class)
     episode = Episode(probe, kept_views=[])
-    episode.begin(policy, env, env.reset())
+    episode.begin(policy, env)
     for text in texts:
         episode.kept_views += episode.new_views
         for token in [*policy.encode(text), policy.im_end]:
@@ -223,9 +222,7 @@ class Wave:
         self.policy, self.rows = policy, rows
         self.cache = Cache(layers=[BlockLayer() for _ in range(layers)])
         self.columns = 0  # columns in use
-        self.mask = torch.zeros(
-            len(rows), 0, dtype=torch.bool, device=policy.device
-        )  # (B, K) no padding there
+        self.mask = policy.banned.new_zeros(len(rows), 0, dtype=torch.bool)  # (B, K) False at padding
         self.position = np.zeros(len(rows), np.int64)  # (B,) the next rotary position
         self.cached = np.zeros(len(rows), np.int64)  # (B,) tokens of the episode in the cache
         self.step_model = torch.compile(policy.base.model) if compile else policy.base.model
@@ -242,10 +239,9 @@ class Wave:
         for layer in self.cache.layers:
             layer.capacity, layer.columns = capacity, columns
         key = torch.arange(capacity, device=device)
-        visible = self.mask[:, None, None, :] & (
-            key <= columns[:, None]
-        )  # (B, 1, L, K) itself and what is before
-        visible = visible | (key == columns[:, None])  # padding sees itself: a softmax over nothing is NaN
+        before = key <= columns[:, None]  # (L, K)
+        itself = key == columns[:, None]  # (L, K) padding sees itself, since a softmax over nothing is NaN
+        visible = self.mask[:, None, None, :] & before | itself  # (B, 1, L, K)
         model = self.step_model if length == 1 else self.policy.base.model
         return model(
             input_ids=ids,
@@ -304,9 +300,7 @@ def sample_tokens(
         tokens = logprobs.argmax(-1)  # (B,)
     else:
         cumulative = logprobs.double().exp().cumsum(-1)  # (B, V)
-        level = (
-            torch.tensor(uniform, dtype=torch.float64, device=logprobs.device)[:, None] * cumulative[:, -1:]
-        )
+        level = cumulative[:, -1:] * cumulative.new_tensor(uniform)[:, None]  # (B, 1)
         tokens = torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]  # (B,)
     return tokens.cpu().numpy(), chosen.tolist()
@@ -350,7 +344,7 @@ def rollout(
         for probe in probes[first : first + questions]:
             env = policy.protocol.make_env(probe, max_turns, max_images, env_class)
             rows.append(Episode(probe))
-            rows[-1].begin(policy, env, env.reset(), force_answer)
+            rows[-1].begin(policy, env, force_answer)
             if len(rows[-1].token_ids) > max_context:
                 length = len(rows[-1].token_ids)
                 raise UserError(f"a prompt of {length} tokens exceeds --max_context {max_context}")
@@ -362,8 +356,7 @@ def rollout(
         episodes += wave.rows
         for i, row in enumerate(wave.rows):
             row.random = random.Random(f"rollout/{seed}/{first * group_size + i}")
-        going = True
-        while going:
+        while True:
             live = np.ones(len(wave.rows), bool)  # (B,) in the middle of a turn
             complete = np.zeros(len(wave.rows), bool)  # (B,) ended its turn before the token limit
             while True:
@@ -379,10 +372,11 @@ def rollout(
                 hidden = wave.step(tokens, live)
             going = [i for i, row in enumerate(wave.rows) if row.end_turn(policy, complete[i], max_context)]
             bar.update(len(wave.rows) - len(going))
-            if going:
-                if len(going) < len(wave.rows):
-                    wave.select(going)
-                hidden = wave.read(keep_features)
+            if not going:
+                break
+            if len(going) < len(wave.rows):
+                wave.select(going)
+            hidden = wave.read(keep_features)
     bar.close()
     return episodes
 
@@ -399,9 +393,8 @@ def describe(episode: Episode) -> str:
     """One readable trajectory: the question, each message, the stop and the reward."""
     lines = [f"  | {episode.probe.question}  (answer: {episode.probe.answer})"]
     lines += [f"  | {i}. {text}" for i, text in enumerate(episode.texts, 1)]
-    return "\n".join(
-        [*lines, f"  | stop: {episode.stop}  answer: {episode.answer}  reward {episode.reward:.0f}"]
-    )
+    lines += [f"  | stop: {episode.stop}  answer: {episode.answer}  reward {episode.reward:.0f}"]
+    return "\n".join(lines)
 
 
 def boxes_in_original(episode: Episode) -> list[tuple[float, float, float, float]]:
