@@ -196,9 +196,8 @@ def make_base_judge(policy: Policy) -> Judge:
         row = torch.tensor([ids], device=policy.device)  # (1, T)
         positions = torch.arange(len(ids), device=policy.device).expand(3, 1, -1)  # (3, 1, T)
         with policy.model.disable_adapter():
-            hidden = policy.base.model(
-                input_ids=row, position_ids=positions, use_cache=False
-            ).last_hidden_state
+            output = policy.base.model(input_ids=row, position_ids=positions, use_cache=False)
+            hidden = output.last_hidden_state
             logp = vocabulary_logprobs(policy, hidden[0, -1])  # (V,)
         yes, no = (logp[spelt].logsumexp(0) for spelt in words)
         return bool(yes > no) if torch.isfinite(yes - no) else None
@@ -226,11 +225,8 @@ def judge_all(episodes: list[Episode], judge: Judge | None) -> None:
     """
     alike: dict[tuple, list[Episode]] = {}
     for e in episodes:
-        if (
-            judge
-            and e.stop == "answer"
-            and not (e.reward or e.probe.options or len(e.answer) > MAX_ANSWER_CHARS)
-        ):
+        rejected = e.stop == "answer" and not e.reward and not e.probe.options
+        if judge and rejected and len(e.answer) <= MAX_ANSWER_CHARS:
             alike.setdefault((id(e.probe), e.answer), []).append(e)
     prompts = [judge_prompt(e.probe.question, e.probe.answer, e.answer) for e, *_ in alike.values()]
     for verdict, same in zip(judge(prompts) if prompts else [], alike.values()):
@@ -243,7 +239,8 @@ def judge_all(episodes: list[Episode], judge: Judge | None) -> None:
 
 def stack(groups: list[list[Episode]], name: str) -> Tensor:
     """One field of the episodes as a tensor (Q, G)."""
-    return torch.tensor([[getattr(episode, name) for episode in group] for group in groups])
+    rows = [[getattr(episode, name) for episode in group] for group in groups]
+    return torch.tensor(rows).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def pad(episodes: list[Episode], name: str, device: torch.device) -> Tensor:
@@ -395,8 +392,8 @@ def main(cfg: Config) -> None:
         }
         common.log_metrics(cfg.out, metrics)
         tqdm.write(
-            "step {step:3d}  reward {reward:.2f}  wrong {wrong:.2f}  over-turn {over_turn:.2f}  turns {turns:.1f}  "
-            "void {stop/void:.2f}  nll {nll:.3f}  drift {ratio_drift:.0e}  grad {grad_norm:.2f}  "
+            "step {step:3d}  reward {reward:.2f}  wrong {wrong:.2f}  over-turn {over_turn:.2f}  "
+            "turns {turns:.1f}  void {stop/void:.2f}  nll {nll:.3f}  drift {ratio_drift:.0e}  grad {grad_norm:.2f}  "
             "{time/rollout:.1f} of {time/step:.1f} s in rollouts  {memory_gb:.1f} GB".format(**metrics)
         )
         if step % cfg.show_every == 0 and groups:
