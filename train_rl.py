@@ -393,8 +393,9 @@ def main(cfg: Config) -> None:
         common.log_metrics(cfg.out, metrics)
         tqdm.write(
             "step {step:3d}  reward {reward:.2f}  wrong {wrong:.2f}  over-turn {over_turn:.2f}  "
-            "turns {turns:.1f}  void {stop/void:.2f}  nll {nll:.3f}  drift {ratio_drift:.0e}  grad {grad_norm:.2f}  "
-            "{time/rollout:.1f} of {time/step:.1f} s in rollouts  {memory_gb:.1f} GB".format(**metrics)
+            "turns {turns:.1f}  void {stop/void:.2f}  nll {nll:.3f}  drift {ratio_drift:.0e}  "
+            "grad {grad_norm:.2f}  {time/rollout:.1f} of {time/step:.1f} s in rollouts  "
+            "{memory_gb:.1f} GB".format(**metrics)
         )
         if step % cfg.show_every == 0 and groups:
             tqdm.write(describe(groups[0][0]) + f"  advantage {groups[0][0].advantage:+.2f}")
