@@ -77,11 +77,9 @@ class Config:
         16,
         24,
         32,
-    )  # points of the curve; episodes run to the largest
+    )  # points of the curve; one pass at the largest
     trained_limit: int = 6  # of GRPO, marked in the figure
-    control: Literal["none", "blind", "overview", "black_crop"] = (
-        "none"  # what is hidden from the policy, see above
-    )
+    control: Literal["none", "blind", "overview", "black_crop"] = "none"  # what is hidden, see above
     temperature: float = 1.0
     max_context: int = 16384  # tokens per episode before its last turn
     max_turn_tokens: int = 48  # tokens per turn; a longer one is cut, and void (real bases: 1024)
@@ -142,9 +140,7 @@ def take_likeliest_answer(policy: Policy, episode: Episode, max_turns: int) -> E
     choices = list(probe.options or ours)
     if episode.turns < max_turns or not choices:
         return episode
-    begun = (
-        np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask
-    )  # (T,) where messages begin
+    begun = np.diff(episode.assistant_mask, prepend=False) & episode.assistant_mask  # (T,) starts of messages
     opened = episode.token_ids[: np.flatnonzero(begun)[-1]]
     rows = []
     for choice in choices:

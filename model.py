@@ -127,18 +127,15 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int =
     """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
     end = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
-    text = dict(
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, initializer_range=0.05
-    )
+    text = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers)
     text |= dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, tie_word_embeddings=True)
     text |= dict(vocab_size=len(tokenizer), max_position_embeddings=32_768, bos_token_id=None, **end)
     vision = dict(hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=vision_width // 16)
+    vision |= dict(patch_size=8, spatial_merge_size=2, temporal_patch_size=1, window_size=64)
     vision |= dict(
         depth=vision_layers, fullatt_block_indexes=list(range(vision_layers)), out_hidden_size=width
     )
-    vision |= dict(
-        patch_size=8, spatial_merge_size=2, temporal_patch_size=1, window_size=64, initializer_range=0.05
-    )
+    text["initializer_range"] = vision["initializer_range"] = 0.05
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])))
     config = transformers.Qwen2_5_VLConfig(
@@ -164,9 +161,7 @@ def attend_in_windows(module, query, key, value, attention_mask, scaling=None, c
     transformers loops over windows in Python: thousands of small calls for one large photograph.
     """
     lengths = torch.diff(cu_seq_lens_q).tolist()
-    pieces = [
-        t[0].transpose(0, 1).split(lengths) for t in (query, key, value)
-    ]  # windows of (length, H, D) each
+    pieces = [t[0].transpose(0, 1).split(lengths) for t in (query, key, value)]  # (length, H, D) each
     outputs: list = [None] * len(lengths)
     for length in set(lengths):
         at = [i for i, other in enumerate(lengths) if other == length]
@@ -192,9 +187,8 @@ def attend_in_episodes(
     pieces = (t[0].split([length * count for length, count in runs], 1) for t in (query, key, value))
     outputs = []
     for (length, count), *parts in zip(runs, *pieces):
-        q, k, v = (
-            part.unflatten(1, (count, length)).transpose(0, 1) for part in parts
-        )  # (count, H, length, D)
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
+        # (count, H, length, D)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
     return torch.cat(outputs)[None], None
@@ -237,25 +231,23 @@ class Policy:
         banned += range(len(self.tokenizer), vocabulary)
         self.banned = torch.zeros(vocabulary, device=self.device)  # (V,) added to every logit
         self.banned[torch.tensor(banned, device=self.device)] = -math.inf
-        self.encode = functools.lru_cache(10_000)(
-            self.encode
-        )  # the same few strings come again at every turn
+        self.encode = functools.lru_cache(10_000)(self.encode)  # the same few strings come at every turn
         self.decode_token = functools.lru_cache(None)(lambda token: self.decode([token]))
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def render(self, messages: list[dict], open_turn: str = "") -> tuple[list[int], list[Image.Image]]:
+    def render(
+        self, messages: list[dict], before: tuple[int | str, ...] = ()
+    ) -> tuple[list[int], list[Image.Image]]:
         """Chat messages -> (token ids with one `<|image_pad|>` per visual token, the views in order).
 
-        Control tokens are written here and only here. An assistant turn is open at the end. open_turn: what
-        goes before, "" for a new conversation, else "\\n" after a sampled end-of-turn, or IM_END + "\\n" to
-        write that too. The layout is that of the checkpoint's ChatML template (a test compares).
+        Control tokens are written here and only here. An assistant turn is open at the end. before: ids and
+        text that close the turn before. The layout is that of the checkpoint's ChatML template (a test
+        compares).
         """
-        parts: list[int | str] = [self.im_end] if open_turn.startswith(IM_END) else []
-        parts += [open_turn.removeprefix(IM_END)]
-        views = []
+        parts, views = list(before), []
         for message in messages:
             parts += [self.im_start, f"{message['role']}\n"]
             for part in message["content"]:
@@ -302,10 +294,8 @@ class Policy:
             return []
         pixels = self.process_views(views)
         output = self.base.model.get_image_features(**pixels, return_dict=True)
-        layers = [
-            torch.cat(tuple(output.pooler_output)),
-            *(getattr(output, "deepstack_features", None) or []),
-        ]
+        deepstack = getattr(output, "deepstack_features", None) or []
+        layers = [torch.cat(tuple(output.pooler_output)), *deepstack]
         grids = [tuple(grid) for grid in pixels["image_grid_thw"].tolist()]
         counts = [math.prod(grid) // self.merge**2 for grid in grids]
         return list(zip(grids, torch.cat(layers, -1).split(counts)))

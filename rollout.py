@@ -38,7 +38,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from data import Probe
 from env import OVER_TURN, Crop, CropEnv, format_action, grade, load_image
-from model import IM_END, Policy, load_policy, mrope_positions, policy_flags, vocabulary_logprobs
+from model import Policy, load_policy, mrope_positions, policy_flags, vocabulary_logprobs
 
 CLOSING_TAGS = ("</grounding>", "</answer>")  # a turn ends where its action ends, as behind a server
 
@@ -94,7 +94,7 @@ class Episode:
     def begin(self, policy: Policy, env: CropEnv, force_answer: str = "") -> None:
         """Writes the opening messages. force_answer: text that begins the last allowed turn, not sampled."""
         self.env, self.env_class, self.force_answer = env, type(env), force_answer
-        self.write(policy, env.reset(), "")
+        self.write(policy, env.reset(), before=())
 
     def fork(self) -> "Episode":
         """Another rollout of the same question: the same opening, an environment and records of its own."""
@@ -104,9 +104,9 @@ class Episode:
             setattr(other, name, list(getattr(self, name)))
         return other
 
-    def write(self, policy: Policy, messages: list[dict], open_turn: str) -> None:
+    def write(self, policy: Policy, messages: list[dict], before: tuple[int | str, ...]) -> None:
         """Appends messages of the environment and opens an assistant turn. Sets new_views to their views."""
-        ids, self.new_views = policy.render(messages, open_turn)
+        ids, self.new_views = policy.render(messages, before)
         self.turn_start, self.turn_text = len(self.token_ids) + len(ids), ""
         if self.force_answer and self.env.turn + 1 == self.env.max_turns:
             ids += policy.encode(self.force_answer)
@@ -139,7 +139,7 @@ class Episode:
             env.end("void")
         if reply:
             length = len(self.token_ids)
-            self.write(policy, [reply], "\n" if ended else f"{IM_END}\n")
+            self.write(policy, [reply], before=("\n",) if ended else (policy.im_end, "\n"))
             if len(self.token_ids) > max_context:
                 for record in (self.token_ids, self.assistant_mask, self.logprobs):
                     del record[length:]

@@ -66,7 +66,7 @@ class Config:
     impatience: tuple[float, float] = (
         0.05,
         0.15,
-    )  # one draw per search: chance of a guess after n misses, over n
+    )  # after n misses it guesses with chance n times a draw of these
     patient_share: float = 0.10  # searches that never guess, however long
     slip: float = 0.02  # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32  # longest search; a longer one of `data` is trained on up to here
@@ -190,14 +190,11 @@ def main(cfg: Config) -> None:
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="cold start")
     for step, episodes in zip(bar, load_batches(cfg, policy, start, written)):
         began = time.time()
-        tokens = sum(
-            int(episode.assistant_mask.sum()) for episode in episodes
-        )  # of the whole step, counted once
+        # The denominator: assistant tokens of the whole step, counted once.
+        tokens = sum(int(episode.assistant_mask.sum()) for episode in episodes)
         loss = 0.0
         for batch in micro_batches(episodes, cfg.micro_tokens):
-            batch_loss = (
-                -token_logprobs(policy, batch).sum() / tokens
-            )  # log-probs are 0 off the assistant mask
+            batch_loss = -token_logprobs(policy, batch).sum() / tokens  # 0 off the assistant mask
             batch_loss.backward()
             loss += batch_loss.item()
         for group in optimizer.param_groups:
