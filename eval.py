@@ -68,16 +68,7 @@ class Config:
     judge_model: str = ""  # the name of the judge at that server
     endpoint: str = ""  # a policy behind an OpenAI-compatible server, http://HOST:PORT/v1, in place of `init`
     model: str = ""  # its name there
-    turn_limits: tuple[int, ...] = (
-        2,
-        4,
-        6,
-        8,
-        12,
-        16,
-        24,
-        32,
-    )  # points of the curve; one pass at the largest
+    turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve, from one pass
     trained_limit: int = 6  # of GRPO, marked in the figure
     control: Literal["none", "blind", "overview", "black_crop"] = "none"  # what is hidden, see above
     temperature: float = 1.0

@@ -63,10 +63,8 @@ class Config:
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
     data: Path | None = None  # written searches to imitate, as prepare/ makes them; no warm-up
     trial_share: float = 0.06  # trial-and-error searches; the rest are depth-first
-    impatience: tuple[float, float] = (
-        0.05,
-        0.15,
-    )  # after n misses it guesses with chance n times a draw of these
+    # Each search draws an impatience from this range; after n misses it guesses with n times that chance.
+    impatience: tuple[float, float] = (0.05, 0.15)
     patient_share: float = 0.10  # searches that never guess, however long
     slip: float = 0.02  # chance, per plate, of taking an empty cell for one more
     max_turns: int = 32  # longest search; a longer one of `data` is trained on up to here
