@@ -9,7 +9,7 @@ import os
 
 # Threads of OpenMP spin while they wait for each other, so beside another busy process a step used to take
 # 8 to 40 times as long. With a short spin they go to sleep instead (figures: docs/results.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import json
 import platform

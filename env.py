@@ -18,13 +18,14 @@ observation_i, where i is the index in the bank. A box is relative to its own so
 
 What one assistant message leads to (the first row that fits; a turn is one assistant message):
 
-    the message, with closed thoughts removed                  step returns               code in env.errors
+    the message without its thoughts (an open one ends it)     step returns               code in env.errors
     ---------------------------------------------------------  -------------------------  ------------------
+    an action only behind a thought that is never closed       (error message, None)      unclosed_tag
     neither <grounding> nor <answer>                           (None, "void")             (parse: no_action)
     exactly one non-empty answer, even in the last turn        (None, "answer")
     any error below, in the last turn                          (None, "void")             its code
     more than one action                                       (error message, None)      two_actions
-    an action tag or a thought before it that is never closed  (error message, None)      unclosed_tag
+    an action tag that is never closed                         (error message, None)      unclosed_tag
     an answer of white space                                   (error message, None)      empty_answer
     not one JSON object with bbox_2d and source, or > 2000 chars (error message, None)    bad_json
     the box is not four finite numbers, or has no area inside its source (error message, None) bad_box
@@ -49,6 +50,7 @@ import copy
 import json
 import math
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +130,10 @@ def parse_action(text: str) -> Crop | Answer:
     spoken = " ".join([first, *(piece.partition("</think>")[2] for piece in pieces)])
     crops, answers = spoken.count("<grounding>"), spoken.count("<answer>")
     if crops + answers == 0:
-        if pieces and "</think>" not in pieces[-1] and re.search("<(grounding|answer)>", pieces[-1]):
+        hidden = text.rpartition("</think>")[2].partition("<think>")[
+            2
+        ]  # behind a thought that is never closed
+        if "<grounding>" in hidden or "<answer>" in hidden:
             raise ActionError("unclosed_tag", "the thought before the action is not closed")
         raise ActionError("no_action", "the message has neither a grounding nor an answer tag")
     if crops + answers > 1:
@@ -215,18 +220,19 @@ def crop_pixels(image_size: tuple[int, int], box: Box) -> tuple[int, int, int, i
 def fit_pixels(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
     """The view of an image that a model is shown: same picture, width * height in [min_pixels, max_pixels].
 
-    Returns the image itself when it fits. The aspect is kept up to rounding, and a strip beyond 190:1 is
-    shortened to that: boxes are relative, so they stay right. Where whole numbers cannot meet both limits,
-    max_pixels holds. ValueError for bad limits.
+    Returns the image itself when it fits. The aspect is kept up to rounding, but a strip beyond 190:1 is made
+    broader: boxes are relative, so they stay right. Where whole numbers cannot meet both limits, max_pixels
+    holds. ValueError for bad limits.
     """
     if not 1 <= min_pixels <= max_pixels:
         raise ValueError(f"need 1 <= min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
-    pixels = image.width * image.height
+    sides = max(image.width, image.height / MAX_ASPECT), max(image.height, image.width / MAX_ASPECT)
+    pixels = sides[0] * sides[1]
     scale = math.sqrt(min(max(pixels, min_pixels), max_pixels) / pixels)
-    width, height = (max(1, math.floor(side * scale + 1e-9)) for side in image.size)
+    width, height = (max(1, math.floor(side * scale + 1e-9)) for side in sides)
     if width * height < min_pixels and (width + 1) * (height + 1) <= max_pixels:
         width, height = width + 1, height + 1
-    size = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    size = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)  # rounding may pass it again
     if size == image.size:
         return image
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
@@ -274,6 +280,7 @@ class CropEnv:
             raise ValueError(f"max_turns and max_images start at 1, got {max_turns} and {max_images}")
         if not 1 <= min_pixels <= max_pixels:
             raise ValueError(f"need 1 <= min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
+        image.load()  # a broken file fails here, not in the middle of an episode
         self.image, self.question = to_rgb(image), question
         self.max_turns, self.max_images = max_turns, max_images
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
@@ -382,7 +389,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ImageError(f"pixels of mode {image.mode} have no known white: save the image with 8 or 16 bits")
     if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -399,8 +406,15 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        # SyntaxError: Pillow's readers of PNG and PPM. RuntimeError: its AVIF decoder.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        # SyntaxError: Pillow's readers of PNG and PPM. RuntimeError: AVIF. struct.error: EXIF.
         raise ImageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 

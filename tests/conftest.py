@@ -1,16 +1,27 @@
-"""Shared by all tests: the repository on the path, no network, few threads, and small policies with random weights."""
+"""Shared by all tests: no network, few threads, small policies with random weights, a chat server, a runner.
+
+More drawn messages: python -m pytest --examples 100000.
+"""
+
+import importlib
+import io
 import json
 import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a missing directory fails at once, not after a look-up
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing directory fails at once, not after a look-up
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http
 import numpy as np
 import pytest
 import torch
@@ -18,28 +29,37 @@ import transformers
 from hypothesis import settings
 from PIL import Image
 
-import data
-import model as model_module
-from model import Policy, Protocol, load_policy
+from data import Probe
+from model import (
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Policy,
+    Protocol,
+    load_policy,
+    tiny_tokenizer,
+)
 
-torch.set_num_threads(min(2, torch.get_num_threads()))    # toy sizes gain nothing from more
-transformers.utils.logging.disable_progress_bar()
-settings.register_profile("repeatable", deadline=None, derandomize=True)   # same examples each run, nothing on disk
+torch.set_num_threads(min(2, torch.get_num_threads()))  # toy sizes gain nothing from more
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # the same examples each run
 settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--examples", type=int, default=10_000, help="messages that test_hostile.py draws")
+    parser.addoption("--examples", type=int, default=10_000, help="messages to draw in tests of the protocol")
 
 
 @pytest.fixture(autouse=True)
 def old_handlers():
-    """main takes over Ctrl-C and SIGTERM: give them back."""
+    """The training scripts take over Ctrl-C and SIGTERM: give them back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
+
+# ---------------------------------------------------------------------------------------------- policies
 
 RAGGED = Protocol("Search the picture.", "Observation {label}:", "That failed: {error}", 32 * 32, 96 * 96)
 
@@ -51,13 +71,14 @@ def with_protocol(policy: Policy, protocol: Protocol) -> Policy:
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """Coarse random pixels: every crop looks different."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    shape = height // 8 + 1, width // 8 + 1, 3
+    small = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
 
 
-def noise_probes(*sizes: tuple[int, int]) -> list[data.Probe]:
-    return [data.Probe(noise(*size, seed=i), f"What number is on sign {'AHK'[i % 3]}?", "4")
-            for i, size in enumerate(sizes)]
+def noise_probes(*sizes: tuple[int, int]) -> list[Probe]:
+    pictures = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    return [Probe(image, f"What number is on sign {'AHK'[i % 3]}?", "4") for i, image in enumerate(pictures)]
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +94,70 @@ def ragged(policy) -> Policy:
     return with_protocol(policy, RAGGED)
 
 
+def write_base(directory: Path, family: str, patch_size: int, rope: dict, **vision) -> str:
+    """A checkpoint with random weights: two layers, a vocabulary padded as that of a published one.
+
+    Every linear layer reads a multiple of 64 values: where a processor has AVX512-BF16, bitsandbytes has a
+    kernel of its own for such layers in 4 bits, and for no others.
+    """
+    tokenizer = tiny_tokenizer()
+    small = {"hidden_size": 64, "intermediate_size": 128}
+    rope |= {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    text = small | {"vocab_size": len(tokenizer) + 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 32_768}
+    text |= {"rope_parameters": rope, "initializer_range": 0.2, "bos_token_id": None}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    vision |= small | {"depth": 3, "num_heads": 4, "patch_size": patch_size, "temporal_patch_size": 2}
+    vision |= {"spatial_merge_size": 2, "out_hidden_size": 64, "initializer_range": 0.1}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
+    sizes = {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
+    processor = transformers.Qwen2VLImageProcessorPil(**sizes, min_pixels=56 * 56, max_pixels=12_845_056)
+    make_config = getattr(transformers, f"{family}Config")
+    config = make_config(text_config=text, vision_config=vision, **dict(zip(names, ids)))
+    network = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    for part in (network, tokenizer, processor):
+        part.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def qwen25_dir(tmp_path_factory) -> str:
+    """A toy checkpoint of the Qwen2.5-VL family: windows, patches of 14 pixels, two frames."""
+    torch.manual_seed(1)
+    vision = {"window_size": 112, "fullatt_block_indexes": [2]}
+    return write_base(tmp_path_factory.mktemp("qwen25"), "Qwen2_5_VL", 14, {}, **vision)
+
+
+@pytest.fixture(scope="session")
+def qwen3_dir(tmp_path_factory) -> str:
+    """The same for Qwen3-VL: patches of 16 pixels, visual features added to several layers."""
+    torch.manual_seed(2)
+    vision = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    return write_base(tmp_path_factory.mktemp("qwen3"), "Qwen3VL", 16, {"mrope_interleaved": True}, **vision)
+
+
+@pytest.fixture(params=["plain kernel", "bf16 kernel"])
+def four_bit_paths(request, monkeypatch):
+    """Runs a test of 4 bits on each kernel that bitsandbytes may take; the second one computes in bf16."""
+    import bitsandbytes.backends.cpu.ops
+
+    packed = bitsandbytes.functional.has_avx512bf16()
+    if request.param == "bf16 kernel" and not packed:
+        pytest.skip("this processor has no AVX512-BF16")
+    if request.param == "plain kernel" and packed:
+        for module in (bitsandbytes.functional, bitsandbytes.nn.modules, bitsandbytes.backends.cpu.ops):
+            monkeypatch.setattr(module, "has_avx512bf16", lambda: False)
+
+
+# ---------------------------------------------------------------------------------------------- a server
+
+
 class ChatServer:
-    """A real HTTP server on this machine that speaks the chat API: `reply(body)` is a text, or (status, content)."""
+    """A real HTTP server on this machine that speaks the chat API.
+
+    reply(body) is a text, or (status, content). bodies, headers: what was asked, (path, headers) of each.
+    """
 
     def __init__(self, reply):
         self.bodies, self.headers = [], []
@@ -86,8 +169,9 @@ class ChatServer:
                 outer.bodies.append(body)
                 outer.headers.append((self.path, dict(self.headers)))
                 said = reply(body)
-                status, content = said if isinstance(said, tuple) else (200, {
-                    "choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]})
+                message = {"role": "assistant", "content": said}
+                whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
+                status, content = said if isinstance(said, tuple) else (200, whole)
                 content = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 if 300 <= status < 400:
@@ -103,72 +187,54 @@ class ChatServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(reply) starts a ChatServer; pauses between attempts take no time."""
-    servers = []
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    """serve(reply) starts a ChatServer; pauses between attempts take no time.
 
-    def start(reply) -> ChatServer:
-        servers.append(ChatServer(reply))
-        return servers[-1]
-
-    yield start
-    for one in servers:
-        one.server.shutdown()
-        one.server.server_close()
+    HF_HUB_OFFLINE forbids huggingface_hub, whose client endpoint.py uses, every request, also to this server.
+    """
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    with ExitStack() as servers:
+        yield lambda reply: servers.enter_context(closing(ChatServer(reply)))
 
 
-def special_ids(tokenizer) -> dict[str, int]:
-    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+# ---------------------------------------------------------------------------------------------- runs
 
 
-def text_config(tokenizer, **more) -> dict:
-    """A language model of two small layers, its vocabulary padded as those of the published checkpoints are."""
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3], **more.pop("rope", {})}
-    return dict(vocab_size=len(tokenizer) + 28, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=32_768,
-                rope_parameters=rope, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, **more)
+def run_main(monkeypatch, script_name: str, *args) -> tuple[int, list[str], list[str]]:
+    """`python script_name args` in this process: (exit code, lines of stdout, lines of stderr)."""
+    module = importlib.import_module(script_name.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            common.cli(module.main, module.Config, getattr(module, "PRESETS", None))
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, out.getvalue().splitlines(), err.getvalue().splitlines()
 
 
-def _write_checkpoint(directory: Path, network, tokenizer, patch_size: int) -> str:
-    network.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    transformers.Qwen2VLImageProcessorPil(
-        patch_size=patch_size, merge_size=2, temporal_patch_size=2, min_pixels=56 * 56, max_pixels=12_845_056,
-    ).save_pretrained(directory)
-    return str(directory)
+def read_lines(out) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def qwen25_dir(tmp_path_factory) -> str:
-    """A checkpoint directory laid out like Qwen2.5-VL's (windows, patches of 14 pixels, two frames), random weights."""
-    torch.manual_seed(1)
-    tokenizer = model_module.tiny_tokenizer()
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text_config(tokenizer),
-        vision_config=dict(depth=3, hidden_size=64, intermediate_size=96, num_heads=4, patch_size=14, temporal_patch_size=2,
-                           spatial_merge_size=2, window_size=112, out_hidden_size=64, fullatt_block_indexes=[2],
-                           initializer_range=0.1),
-        **special_ids(tokenizer))
-    network = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    return _write_checkpoint(tmp_path_factory.mktemp("qwen25"), network, tokenizer, 14)
+def without_times(rows: list[dict]) -> list[dict]:
+    """Rows of metrics without what differs from run to run."""
+    timed = ("time/", "tokens_per_second", "memory_gb")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
 
 
-@pytest.fixture(scope="session")
-def qwen3_dir(tmp_path_factory) -> str:
-    """The same for Qwen3-VL (patches of 16 pixels, visual features added to several layers)."""
-    torch.manual_seed(2)
-    tokenizer = model_module.tiny_tokenizer()
-    config = transformers.Qwen3VLConfig(
-        text_config=text_config(tokenizer, head_dim=16, rope={"mrope_interleaved": True}),
-        vision_config=dict(depth=3, hidden_size=64, intermediate_size=96, num_heads=4, patch_size=16, temporal_patch_size=2,
-                           spatial_merge_size=2, out_hidden_size=64, deepstack_visual_indexes=[0, 1],
-                           num_position_embeddings=64, initializer_range=0.1),
-        **special_ids(tokenizer))
-    network = transformers.Qwen3VLForConditionalGeneration(config)
-    return _write_checkpoint(tmp_path_factory.mktemp("qwen3"), network, tokenizer, 16)
+def load_weights_of(out) -> dict[str, torch.Tensor]:
+    """The trained weights in state.pt."""
+    return torch.load(Path(out) / "state.pt", weights_only=True)["weights"]
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

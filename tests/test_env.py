@@ -4,15 +4,15 @@ More drawn messages: python -m pytest tests/test_env.py --examples 100000
 
 Lines that were flipped, each with the test that then failed:
     parse_action     join the rest of the text without spaces   malformed_actions_have_a_typed_error
-    parse_action     an unclosed thought hides its action       an_error_costs_a_turn_and_voids_the_last_one
-    parse_action     the first of several actions counts        an_error_costs_a_turn_and_voids_the_last_one
+    parse_action     an unclosed thought hides its action       an_error_costs_a_turn_...
+    parse_action     the first of several actions counts        an_error_costs_a_turn_...
     _parse_crop      integers stay integers                     well_formed_actions_are_read
     _quote           no cut after the escapes                   malformed_actions_have_a_typed_error
     crop_pixels      int instead of ceil, or no 1e-9            boxes_are_half_open_and_rounded_outwards
     fit_pixels       the aspect is not limited                  views_stay_inside_the_limits_and_keep_...
     step             crop the view, not the bank                a_crop_of_a_crop_stays_as_sharp_as_the_photo
     step             label = turn                               a_box_is_relative_to_its_source_and_labels_...
-    step             an error in the last turn is turn_limit    an_error_costs_a_turn_and_voids_the_last_one
+    step             an error in the last turn is turn_limit    an_error_costs_a_turn_...
     step             image_limit before turn_limit              three_turns_end_as_the_table_says
     take_back_reply  always, or never, take the last crop       a_reply_that_does_not_fit_the_context_...
     reset            crop_turns stays                           a_step_after_the_end_is_the_callers_mistake_...
@@ -181,7 +181,11 @@ def test_views_have_hand_computed_sizes():
     assert view_size((4000, 2000), 40_000, 2_000_000) == (2000, 1000)
     assert view_size((100, 50), 40_000, 2_000_000) == (283, 142)  # 282.8 x 141.4 rounded up
     assert view_size((300, 100), 10_000, 10_000) == (173, 57)  # 173.2 x 57.7: the upper limit holds
-    assert view_size((400, 2), 40_000, 2_000_000) == (2829, 15)  # 2828.4 x 14.1 rounded up is 188.6:1
+    assert view_size((400, 2), 40_000, 2_000_000) == (
+        2757,
+        15,
+    )  # 400 x 2.1 is 190:1; 2756.8 x 14.5 rounded up
+    assert view_size((9500, 5), 40_000, 2_000_000) == (9500, 50)  # a strip is made broader, not coarser
 
 
 @settings(max_examples=60)
