@@ -4,7 +4,7 @@ More drawn messages: python -m pytest tests/test_env.py --examples 100000
 
 Lines that were flipped, each with the test that then failed:
     parse_action     join the rest of the text without spaces   malformed_actions_have_a_typed_error
-    parse_action     an unclosed thought hides its action       an_error_costs_a_turn_...
+    parse_action     an unclosed thought hides its action      an_error_costs_a_turn_...
     parse_action     the first of several actions counts        an_error_costs_a_turn_...
     _parse_crop      integers stay integers                     well_formed_actions_are_read
     _quote           no cut after the escapes                   malformed_actions_have_a_typed_error
@@ -101,6 +101,7 @@ MALFORMED = [
     ("no_action", f"<think>so {BLUE}</think>", "<think>a thought that is never closed"),
     ("two_actions", "<answer></answer>" + call(), f"<answer>{call()}</answer>", call() + call(), BLUE + BLUE),
     ("unclosed_tag", f"<think>so {BLUE}", f"<think>closed</think> <think>not closed {call()}"),
+    ("unclosed_tag", f"<think>a {BLUE} <think>thoughts do not nest"),
     ("unclosed_tag", "</answer><answer>blue", "<answer>blue<think></answer>", call().replace("</g", "</")),
     ("empty_answer", "<answer></answer>", "<answer> \n\t\u3000<think>blue</think></answer>"),
     ("bad_json", "<grounding>[0, 0, 1, 1]</grounding>", call().replace('"', "'"), call().replace("<", "{}<")),
@@ -461,6 +462,10 @@ def test_broken_files_name_the_file_and_the_reason(tmp_path):
     files = {"bomb.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]}
     files |= {"cut.jpg": jpg[: len(jpg) // 2], "cut.png": png[: len(png) // 2], "header.png": png[:20]}
     files |= {"chunk.png": png[:33] + b"\0\0\1\0" + png[37:], "item.avif": avif.replace(b"av01", b"none")}
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"  # orientation, description
+    oriented = saved(tmp_path, coordinates(24, 20), "exif.jpg", exif=exif).read_bytes()
+    files["exif.jpg"] = oriented.replace(b"\x01\x0e", b"\x01\x00").replace(b"\x0e\x01", b"\x00\x01")
     for name, content in (files | {"empty.jpg": b"", "text.jpg": b"no image"}).items():
         (tmp_path / name).write_bytes(content)
     for name in [*files, "empty.jpg", "text.jpg", "missing.jpg", "a\0b.jpg", "."]:
