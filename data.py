@@ -187,8 +187,13 @@ def _background(
         part = ImageOps.fit(
             photo.crop((left, top, left + w, top + h)), (side, side), Image.Resampling.LANCZOS
         )
-    levels = [round(min(175, max(0, 96 + (v - 127.5) * contrast / 70))) for v in range(256)]
-    return part.point(levels * 3)
+    return part.point(_levels(contrast) * 3)
+
+
+@functools.cache
+def _levels(contrast: float) -> list[int]:
+    """For each of the 256 values of a pixel, what it is pulled to."""
+    return [round(min(175, max(0, 96 + (v - 127.5) * contrast / 70))) for v in range(256)]
 
 
 def _draw_plate(

@@ -61,14 +61,16 @@ def read_exemplars(file: Path) -> str:
     )
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def open_log(file: Path, about: dict) -> list[dict]:
     """The rows of played.jsonl, a new one if there is none. UserError if it began with something else."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     lines = [line for line in lines if line.endswith("\n")]  # the last may be cut
     before, *rows = map(json.loads, lines or [json.dumps(about)])
-    changed = [
-        f"{key} ({before.get(key)}, now {about[key]})" for key in about if about[key] != before.get(key)
-    ]
+    changed = [f"{k} ({before.get(k)}, now {about[k]})" for k in about if about[k] != before.get(k)]
     if changed:
         raise UserError(f"{file} was started with another {', '.join(changed)}: give another --out")
     write_lines(file, [about, *rows])
@@ -104,12 +106,8 @@ def main(cfg: Config) -> None:
     probes = load_probes(cfg.probes.absolute())  # so that the images have absolute paths
     exemplars = read_exemplars(cfg.exemplars)
     about = {"model": cfg.model, "max_turns": cfg.max_turns, "max_turn_tokens": cfg.max_turn_tokens}
-    about |= {"temperature": cfg.temperature}
-    for name, text in {
-        "exemplars": exemplars,
-        "probes": repr([(p.image, p.prompt()) for p in probes]),
-    }.items():
-        about[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    about |= {"temperature": cfg.temperature, "exemplars": digest(exemplars)}
+    about["probes"] = digest(repr([(probe.image, probe.prompt()) for probe in probes]))
     log = cfg.out / "played.jsonl"
     if (cfg.out / "probes.jsonl").exists() and not log.exists():
         raise UserError(f"{cfg.out} holds another set of probes: give another --out")

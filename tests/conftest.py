@@ -14,13 +14,12 @@ from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a missing directory fails at once, not after a look-up
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Offline, a missing directory fails at once, not after a look-up.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 
-import huggingface_hub.constants
 import huggingface_hub.utils._http
 import numpy as np
 import pytest
@@ -71,9 +70,8 @@ def with_protocol(policy: Policy, protocol: Protocol) -> Policy:
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """Coarse random pixels: every crop looks different."""
-    shape = height // 8 + 1, width // 8 + 1, 3
-    small = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))
+    return Image.fromarray(np.uint8(small)).resize((width, height), Image.Resampling.NEAREST)
 
 
 def noise_probes(*sizes: tuple[int, int]) -> list[Probe]:
@@ -102,19 +100,19 @@ def write_base(directory: Path, family: str, patch_size: int, rope: dict, **visi
     """
     tokenizer = tiny_tokenizer()
     small = {"hidden_size": 64, "intermediate_size": 128}
+    frames = {"patch_size": patch_size, "temporal_patch_size": 2}
     rope |= {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
     text = small | {"vocab_size": len(tokenizer) + 28, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 32_768}
     text |= {"rope_parameters": rope, "initializer_range": 0.2, "bos_token_id": None}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    vision |= small | {"depth": 3, "num_heads": 4, "patch_size": patch_size, "temporal_patch_size": 2}
-    vision |= {"spatial_merge_size": 2, "out_hidden_size": 64, "initializer_range": 0.1}
+    vision |= small | frames | {"depth": 3, "num_heads": 4, "spatial_merge_size": 2}
+    vision |= {"out_hidden_size": 64, "initializer_range": 0.1}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
-    sizes = {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
-    processor = transformers.Qwen2VLImageProcessorPil(**sizes, min_pixels=56 * 56, max_pixels=12_845_056)
-    make_config = getattr(transformers, f"{family}Config")
-    config = make_config(text_config=text, vision_config=vision, **dict(zip(names, ids)))
+    processor = transformers.Qwen2VLImageProcessorPil(**frames, merge_size=2, max_pixels=12_845_056)
+    config = {"text_config": text, "vision_config": vision, **dict(zip(names, ids))}
+    config = getattr(transformers, f"{family}Config")(**config)
     network = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     for part in (network, tokenizer, processor):
         part.save_pretrained(directory)
