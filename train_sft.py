@@ -50,9 +50,10 @@ class Config:
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
-    steps: int = 740  # optimizer steps, warm-up included
-    warmup_steps: int = 400  # of them on single looks: perception first
-    warmup_batch: int = 40  # single looks per step, and half as many beginnings of a planned search
+    steps: int = 900  # optimizer steps, warm-up included
+    warmup_steps: int = 560  # of them on single looks: perception first
+    warmup_looks: int = 40  # single looks per warm-up step
+    warmup_plans: int = 10  # beginnings of a planned search per warm-up step
     batch: int = 32  # searches per step
     lr: float = 2e-3  # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20  # steps to the peak
@@ -100,10 +101,10 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     seed = rng.getrandbits(48)
     if step < cfg.warmup_steps:
         plates = probe_stream(cfg.kinds, cfg.difficulties, seed, grid=1, candidates=1)
-        plates = itertools.islice(plates, cfg.warmup_batch)
+        plates = itertools.islice(plates, cfg.warmup_looks)
         looks = [replay(policy, plate, write_look(plate), WarmUpEnv) for plate in plates]
         probes = probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
-        probes = itertools.islice(probes, cfg.warmup_batch // 2)
+        probes = itertools.islice(probes, cfg.warmup_plans)
         plans = [replay(policy, p, write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
         return looks + plans
     scenes = probe_stream(cfg.kinds, cfg.difficulties, seed, make=make_scene)

@@ -10,8 +10,8 @@ meta["cycle_category"] tells them apart: eval.py averages over the orders and ta
 
 Licence: "other"; its text is empty.
 
-    $ python prepare/hr_bench.py hub --name 4k --out probes/hr_bench_4k
-    $ python prepare/hr_bench.py ~/hr_bench_8k.tsv --out probes/hr_bench_8k
+    $ python prepare/hr_bench.py hub --set 4k --out hr_bench_4k
+    $ python prepare/hr_bench.py ~/hr_bench_8k.tsv --out hr_bench_8k
 """
 
 import hashlib
@@ -26,7 +26,7 @@ LETTERS = "ABCDEF"
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    name: Literal["4k", "8k"] = "4k"  # the file to look for in a folder or on the hub
+    set: Literal["4k", "8k"] = "4k"  # the file to look for in a folder or on the hub
 
 
 def read_row(row: dict, images: ImageWriter) -> Probe:
@@ -41,7 +41,7 @@ def read_row(row: dict, images: ImageWriter) -> Probe:
 
 
 def main(cfg: Config) -> None:
-    name = f"hr_bench_{cfg.name}.tsv"
+    name = f"hr_bench_{cfg.set}.tsv"
     file = find_file(cfg.src, "DreamMr/HR-Bench", name, download=name)
     images = ImageWriter(cfg.out)
     convert(read_table(file), lambda row: read_row(row, images), cfg.out)

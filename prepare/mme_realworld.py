@@ -15,8 +15,8 @@ Reads either form of the set:
 
 Licence: tagged Apache-2.0, but its text forbids commercial use and redistribution.
 
-    $ python prepare/mme_realworld.py ~/MME_RealWorld.json --out probes/mme
-    $ python prepare/mme_realworld.py hub --name lite --out probes/mme_lite
+    $ python prepare/mme_realworld.py ~/MME_RealWorld.json --out mme_realworld
+    $ python prepare/mme_realworld.py hub --set lite --out mme_realworld_lite
 """
 
 import re
@@ -35,7 +35,7 @@ SETS = {  # its repository, its file
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    name: Literal["full", "lite"] = "full"  # the set to look for in a folder or on the hub
+    set: Literal["full", "lite"] = "full"  # the set to look for in a folder or on the hub
 
 
 def read_options(options: list | str) -> dict[str, str]:
@@ -77,8 +77,8 @@ def read_table_row(row: dict, images: ImageWriter) -> Probe:
 
 
 def main(cfg: Config) -> None:
-    repo, pattern = SETS[cfg.name]
-    file = find_file(cfg.src, repo, pattern, download="*.tsv" if cfg.name == "lite" else None)
+    repo, pattern = SETS[cfg.set]
+    file = find_file(cfg.src, repo, pattern, download="*.tsv" if cfg.set == "lite" else None)
     if file.suffix == ".json":
         convert(read_json(file), lambda row: read_json_row(row, file.parent), cfg.out)
     else:

@@ -39,7 +39,8 @@ def fetch(src: str, repo: str, pattern: str | None = None) -> Path:
         try:
             return Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=pattern))
         except OSError as error:
-            raise UserError(f"cannot download {repo} from the Hugging Face hub: {error}") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot download {repo} from the Hugging Face hub: {reason}") from None
     path = Path(src).absolute()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -53,10 +54,8 @@ def find_file(src: str, repo: str, *patterns: str, download: str | None = None) 
         return path
     found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
     if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise UserError(
-            f"{path} should hold one {' or '.join(patterns)}, not {names}: give the path of the file"
-        )
+        names, wanted = ", ".join(file.name for file in found), " or ".join(patterns)
+        raise UserError(f"{path}: give the path of the file; wanted {wanted}, found {names or 'none'}")
     return found[0]
 
 

@@ -10,8 +10,8 @@ of DeepEyes_train_4K are sentences: train on them with a judge.
 
 Licence: CC BY-NC 4.0, as Mini-o3 says. The licence of what DeepEyes_train_4K was made from is not known.
 
-    $ python prepare/visual_probe.py hub --name hard --out probes/hard       # downloads it
-    $ python prepare/visual_probe.py ~/VisualProbe_Hard --out probes/hard    # was downloaded before
+    $ python prepare/visual_probe.py hub --set VisualProbe_Hard --out visual_probe_hard  # downloads it
+    $ python prepare/visual_probe.py ~/VisualProbe_Hard --out visual_probe_hard          # it was downloaded
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,13 @@ from typing import Literal
 from formats import read_json
 from shared import BaseConfig, Probe, UserError, cli, convert, find_file, find_image, take
 
-REPOS = {
-    "easy": "Mini-o3/VisualProbe_Easy",
-    "medium": "Mini-o3/VisualProbe_Medium",
-    "hard": "Mini-o3/VisualProbe_Hard",
-    "train": "Mini-o3/VisualProbe_train",
-    "deepeyes": "Mini-o3/DeepEyes_train_4K",
-}
-
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    name: Literal["easy", "medium", "hard", "train", "deepeyes"] = "hard"  # the set that `hub` downloads
+    # The set that `hub` downloads.
+    set: Literal[
+        "VisualProbe_Easy", "VisualProbe_Medium", "VisualProbe_Hard", "VisualProbe_train", "DeepEyes_train_4K"
+    ] = "VisualProbe_Hard"
 
 
 def read_row(row: dict, folder: Path) -> Probe:
@@ -55,7 +50,7 @@ def read_row(row: dict, folder: Path) -> Probe:
 
 
 def main(cfg: Config) -> None:
-    file = find_file(cfg.src, REPOS[cfg.name], "val.json", "train.json")
+    file = find_file(cfg.src, f"Mini-o3/{cfg.set}", "val.json", "train.json")
     convert(read_json(file), lambda row: read_row(row, file.parent), cfg.out)
 
 

@@ -15,8 +15,8 @@ Reads either form of the set:
 
 Licence: the code MIT; the images are from SA-1B.
 
-    $ python prepare/vstar.py hub --out probes/vstar                                   # folders, with boxes
-    $ python prepare/vstar.py ~/vstar_bench/test_questions.jsonl --out probes/vstar    # that file
+    $ python prepare/vstar.py hub --out vstar                                   # folders, with boxes
+    $ python prepare/vstar.py ~/vstar_bench/test_questions.jsonl --out vstar    # that file
 """
 
 import json

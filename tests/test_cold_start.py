@@ -67,9 +67,7 @@ def test_what_ends_right_is_kept_and_the_rest_is_counted(serve, tmp_path, monkey
     kept = load_probes(tmp_path / "out")
     assert [(p.question, p.meta["n"]) for p in kept] == [(f"Number {i}?", i) for i in (0, 2, 4)]
     assert [p.image for p in kept] == [f"{tmp_path}/set/images/0000{i}.png" for i in (0, 2, 4)]
-    assert all(
-        replay(ragged, probe, probe.meta["texts"]).reward for probe in kept
-    )  # as train_sft.py reads it
+    assert all(replay(ragged, probe, probe.meta["texts"]).reward for probe in kept)  # as in train_sft.py
 
 
 def test_a_stopped_cold_start_goes_on_where_it_was(serve, tmp_path, monkeypatch):

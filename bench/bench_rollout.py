@@ -1,0 +1,249 @@
+"""How much faster a rollout is than the obvious way: `generate` on the whole conversation, turn after turn.
+
+Baseline: transformers' `generate` with its own cache and its own layers, batched, padded on the left, called
+once per turn. Each turn reads the whole conversation again and encodes all of its images again. Both sides say
+the same tokens, written searches of exactly so many turns, and both sample a token before it is replaced by the
+written one. Same weights, alternating in one process, medians after a warm-up.
+
+    prefill tokens   tokens read in forwards longer than one token, padding not counted
+    ratio            seconds of the baseline / seconds of this side
+    peak GB          of the GPU if there is one, else of this process, libraries and weights included
+
+    $ python bench/bench_rollout.py                                # tiny; --base DIR: any other
+    $ python bench/bench_rollout.py --turns 6 --batch 16 --repeats 2
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import rollout as rollout_module
+from data import Probe, cell_box, cell_name, make_probe
+from env import Crop, format_action
+from model import OUR_ATTENTION, Policy, load_policy, policy_flags
+from rollout import Episode, Wave, rollout
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = "tiny"  # what load_policy takes; a random base: see random_bases.py
+    turns: tuple[int, ...] = (6, 32)  # assistant messages per episode
+    batch: tuple[int, ...] = (16, 64)  # episodes at once
+    group_size: int = 8  # episodes per question
+    repeats: int = 5  # runs of each side; a warm-up comes on top
+    quantize: str | None = None  # "nf4": the language model in 4 bits
+    device: str | None = None  # default: cuda if there is one
+    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
+    max_pixels: int | None = None  # likewise
+
+
+def write_script(policy: Policy, number: int, turns: int) -> list[tuple[int, ...]]:
+    """The messages of an episode as token ids: looks at one cell after the other, then an answer."""
+    places = [divmod((look + 7 * number) % 36, 6) for look in range(turns - 1)]
+    texts = [f"<think>try {cell_name(p)}</think>{format_action(Crop(cell_box(p, 6), 0))}" for p in places]
+    return [policy.encode(text) for text in [*texts, "<think>read 4</think><answer>4</answer>"]]
+
+
+# ------------------------------------------------------------------------------------------ the two sides
+
+
+class SayScript(LogitsProcessor):
+    """Makes `generate` say these tokens, a row each, and then end-of-turn."""
+
+    def __init__(self, rows: list[tuple[int, ...]], prompt: int, end: int):
+        self.rows, self.prompt, self.end = rows, prompt, end
+
+    def __call__(self, input_ids, scores):
+        at = input_ids.shape[1] - self.prompt
+        allowed = [row[at] if at < len(row) else self.end for row in self.rows]
+        allowed = torch.tensor(allowed, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, allowed, 0.0)
+
+
+@contextmanager
+def use_plain_layers(policy: Policy) -> Iterator[None]:
+    """The model as transformers makes it, without our attention."""
+    policy.base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        policy.base.set_attn_implementation(OUR_ATTENTION)
+
+
+def play_with_generate(
+    policy: Policy, probes: list[Probe], scripts: list, turns: int
+) -> tuple[list[Episode], dict]:
+    """One `generate` per turn over the whole of each conversation. Episodes, and what was read for them."""
+    policy.model.eval()
+    size, pad, counts = (
+        len(scripts) // len(probes),
+        policy.tokenizer.pad_token_id,
+        {"prefill": 0, "images": 0},
+    )
+    episodes, views = [], []
+    for number in range(len(scripts)):
+        episodes.append(Episode(probes[number // size]))
+        episodes[-1].begin(policy, policy.protocol.make_env(episodes[-1].probe, turns))
+        views.append(list(episodes[-1].new_views))
+    for turn in range(turns):  # all scripts have as many messages
+        said = [script[turn] for script in scripts]
+        length = max(len(e.token_ids) for e in episodes)
+        ids = [[pad] * (length - len(e.token_ids)) + e.token_ids for e in episodes]
+        ids = torch.tensor(ids, device=policy.device)  # (B, T)
+        shown = [view for row in views for view in row]
+        with use_plain_layers(policy):
+            policy.base.generate(
+                input_ids=ids,
+                attention_mask=(ids != pad).long(),
+                mm_token_type_ids=(ids == policy.image_pad).int(),
+                **policy.process_views(shown),
+                logits_processor=LogitsProcessorList([SayScript(said, length, policy.im_end)]),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=max(map(len, said)),
+                eos_token_id=policy.im_end,
+                pad_token_id=pad,
+            )
+        counts["prefill"] += sum(len(e.token_ids) for e in episodes)
+        counts["images"] += len(shown)
+        for episode, message, row in zip(episodes, said, views):
+            for token in message:
+                episode.sample(policy, token, 0.0)
+            episode.end_turn(policy, complete=True, max_context=1 << 30)
+            row += episode.new_views
+    return episodes, counts
+
+
+def play_with_rollout(
+    policy: Policy, probes: list[Probe], scripts: list, turns: int, compile: bool = False
+) -> tuple[list[Episode], dict]:
+    """The rollout as it is; only what is said is given: the random stream of a row yields its script."""
+    counts = {"prefill": 0, "images": 0}
+    sample, forward = rollout_module.sample_tokens, Wave.forward
+
+    def open_stream(seed: str) -> SimpleNamespace:
+        tokens = (token for message in scripts[int(seed.split("/")[-1])] for token in message)
+        return SimpleNamespace(random=lambda: next(tokens))
+
+    def say_script(logprobs, stream, temperature):
+        sample(logprobs, [0.5] * len(stream), temperature)  # what it costs is part of the rollout
+        tokens = np.array(stream, np.int64)  # 0 where a row waits
+        return tokens, logprobs.gather(1, torch.from_numpy(tokens).to(logprobs.device)[:, None])[
+            :, 0
+        ].tolist()
+
+    def count(wave, ids, positions, real, features):
+        counts["prefill"] += int(real.sum()) if ids.shape[1] > 1 else 0
+        counts["images"] += len(features)
+        return forward(wave, ids, positions, real, features)
+
+    kept = {name: getattr(rollout_module, name) for name in ("random", "sample_tokens")}
+    vars(rollout_module).update(random=SimpleNamespace(Random=open_stream), sample_tokens=say_script)
+    Wave.forward = count
+    try:
+        options = {"group_size": len(scripts) // len(probes), "wave_size": len(scripts), "max_turns": turns}
+        episodes = rollout(policy, probes, **options, max_context=1 << 30, compile=compile)
+    finally:
+        vars(rollout_module).update(kept)
+        Wave.forward = forward
+    return episodes, counts
+
+
+SIDES = {"generate": play_with_generate, "rollout": play_with_rollout}
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from now
+
+
+def read_peak() -> float:
+    """Most memory in GB since reset_peak."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_call(call) -> tuple[float, float, object]:
+    """(seconds, peak GB, what it returned)."""
+    wait_for_gpu()
+    reset_peak()
+    began = time.perf_counter()
+    result = call()
+    wait_for_gpu()
+    return time.perf_counter() - began, read_peak(), result
+
+
+def compare(policy: Policy, turns: int, batch: int, group_size: int, repeats: int) -> list[dict]:
+    """A row per side. Where memory runs out, its numbers are None."""
+    cell = 48 if policy.protocol.max_pixels < 100_000 else 170  # pixels; a photograph of a megapixel
+    probes = [make_probe("attribute", "hard", seed, cell=cell) for seed in range(max(1, batch // group_size))]
+    scripts = [write_script(policy, number, turns) for number in range(batch)]
+    runs: dict[str, list] = {side: [] for side in SIDES}
+    for repeat in tqdm(range(repeats + 1), desc=f"{turns} turns, {batch} episodes", leave=False):
+        for side, play in SIDES.items():  # alternating
+            try:
+                run = time_call(lambda play=play: play(policy, probes, scripts, turns)[1])
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                run = None
+            runs[side] += [run] if repeat else []  # the first is a warm-up
+    rows = []
+    for side in SIDES:
+        row = {"turns": turns, "episodes": batch, "side": side, "prefill": None, "images": None}
+        row |= {"seconds": None, "ratio": None, "peak_gb": None}
+        if all(runs[side]):
+            row |= runs[side][0][2] | {"seconds": statistics.median(run[0] for run in runs[side])}
+            row["peak_gb"] = max(run[1] for run in runs[side])
+            base = rows[0]["seconds"] if rows else row["seconds"]
+            row["ratio"] = base and base / row["seconds"]
+        rows.append(row)
+    return rows
+
+
+def main(cfg: Config) -> None:
+    torch.manual_seed(0)
+    policy = load_policy(cfg.base, **policy_flags(cfg))
+    place = torch.cuda.get_device_name() if policy.device.type == "cuda" else "CPU"
+    print(f"{cfg.base} on {place}, {torch.get_num_threads()} threads, medians of {cfg.repeats}\n")
+    print("| turns | episodes | side | prefill tokens | images encoded | seconds | ratio | peak GB |")
+    print("|--:|--:|---|--:|--:|--:|--:|--:|")
+    formats = {"prefill": ",", "images": ",", "seconds": ".2f", "ratio": ".2f", "peak_gb": ".2f"}
+    for turns in cfg.turns:
+        for batch in cfg.batch:
+            for row in compare(policy, turns, batch, min(cfg.group_size, batch), cfg.repeats):
+                cells = ["-" if v is None else format(v, formats.get(k, "")) for k, v in row.items()]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    cli(main, Config)
