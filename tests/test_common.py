@@ -105,9 +105,8 @@ def test_a_second_process_is_refused_until_the_first_ends_even_by_kill_9(tmp_pat
 
 def test_openmp_spins_briefly_unless_the_user_says_otherwise():
     code = "import sys, os, common; print(os.environ['GOMP_SPINCOUNT'])"
-    assert (
-        "import torch" in (ROOT / "common.py").read_text().partition("GOMP_SPINCOUNT")[2]
-    )  # set before torch loads
+    before, _, after = (ROOT / "common.py").read_text().partition("GOMP_SPINCOUNT")
+    assert "import torch" in after and "import torch" not in before  # torch reads it when it is imported
     unset = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     plain, mine = (
@@ -117,7 +116,7 @@ def test_openmp_spins_briefly_unless_the_user_says_otherwise():
     assert int(plain.stdout) <= 10_000 and mine.stdout == "7\n"
 
 
-# ---------------------------------------------------------------------------------------------- run directories
+# -------------------------------------------------------------------------------------------- run directories
 
 
 class Stand:
