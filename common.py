@@ -85,7 +85,7 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-_locks: dict[Path, filelock.BaseFileLock] = {}  # held until the process ends, also if it is killed
+_locks: dict[Path, filelock.BaseFileLock] = {}  # freed when the process ends, even by kill -9
 
 
 def lock(directory: Path) -> None:
@@ -202,7 +202,7 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def make_optimizer(policy, cfg, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(policy, cfg, betas: tuple[float, float]) -> torch.optim.Optimizer:
     """AdamW on the weights that the flags of a training script ask to train.
 
     Without adapters they are made float32: in bfloat16, steps as small as these learning rates are rounded
@@ -220,7 +220,7 @@ def make_optimizer(policy, cfg, betas: tuple[float, float], weight_decay: float)
     if cfg.adam_8bit:
         from bitsandbytes.optim import AdamW8bit as kind
     weights = trainable_weights(policy.model).values()
-    return kind(weights, lr=cfg.lr, betas=betas, weight_decay=weight_decay)
+    return kind(weights, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:

@@ -61,7 +61,8 @@ class Probe:
     """One visual-search question.
 
     image: a PIL image or the path of one. question: text without any image placeholder. answer: the right
-    answer, or the right letter when `options` is {letter: text}; a list means aliases. boxes: gold boxes,
+    answer, or the right letter when `options` is {letter: text}; a list means aliases
+    (an empty one: not known). boxes: gold boxes,
     xyxy relative to the image (width = height = 1), one per look that the answer needs. source: the name of
     the set, or the probe kind. meta: whatever else is known. For a drawn probe that is the scene (see
     make_scene); for a row of a cold start, "texts" holds the assistant messages of the search.
@@ -127,7 +128,7 @@ def _ink(name: str, size: int) -> np.ndarray:
     big = 8 * size
     ink = Image.new("L", (big, big))
     draw = ImageDraw.Draw(ink)
-    line = big // 7  # outlines: a filled shape has little left once corrected
+    line = big // 7  # outlines: the correction below would erase a filled shape
     if name == "ring":
         draw.ellipse((0, 0, big - 1, big - 1), outline=255, width=line)
     elif name in SHAPES:
@@ -160,7 +161,7 @@ def _sprite(name: str, size: int, blur_pixels: float) -> Image.Image:
 
 
 def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """Low-frequency noise in [-1, 1], (side, side, channels) float32, in three octaves, the finer the weaker.
+    """Low-frequency noise in [-1, 1], (side, side, channels) float32, in three octaves.
 
     Finer noise would average out when the picture is shrunk to the overview; this does not.
     """
@@ -356,8 +357,9 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
         raise UserError(f"{directory} holds a set of probes already: give another --out")
     rows = []
     for number, probe in enumerate(probes):
-        name = str(probe.image)
-        if isinstance(probe.image, Image.Image):
+        if not isinstance(probe.image, Image.Image):
+            name = str(Path(probe.image).absolute())
+        else:
             name, png = f"images/{number:05d}.png", io.BytesIO()
             probe.image.save(png, "PNG")
             (directory / "images").mkdir(parents=True, exist_ok=True)
@@ -409,7 +411,8 @@ def _read_row(row: dict, folder: Path) -> Probe:
         raise ValueError("the question, the answers and the options should be text, and not empty")
     "".join(texts).encode()  # UnicodeEncodeError, a ValueError: half a surrogate pair
     for box in row["boxes"]:
-        if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise ValueError(f"a box should be [x0, y0, x1, y1], relative to the image, not {box!r:.80}")
     if not all(grade(answer, row["answer"], options) for answer in texts[1:]):
         raise ValueError(f"no prediction can match the answer {row['answer']!r:.80}")
@@ -513,8 +516,8 @@ def cold_start(
     a long search looks like. UserError for an impatience that is no range above 0.
     """
     low, high = impatience
-    if not 0 < low <= high:
-        raise UserError(f"--impatience {low} {high}: needs 0 < lowest <= highest")
+    if not 0 < low <= high or max_turns < 2:
+        raise UserError(f"needs 0 < --impatience {low} <= {high}, and --max_turns {max_turns} of 2 or more")
     rng = random.Random(f"cold start/{seed}")
     for probe in scenes:
         pattern = "trial_and_error" if rng.random() < trial_share else "depth_first"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from common import UserError
 
-import httpx2
+import httpx2  # comes with huggingface_hub
 from huggingface_hub.utils import HfHubHTTPError, hf_raise_for_status, http_backoff
 from tqdm import tqdm
 
@@ -75,7 +75,8 @@ class Endpoint:
         choice = reply.json()["choices"][0]
         if choice["finish_reason"] == "length":  # a message that is cut is void, as in a rollout
             return ""
-        return choice["message"]["content"].encode(errors="replace").decode()  # no half surrogate pairs
+        content = choice["message"]["content"] or ""
+        return content.encode(errors="replace").decode()  # no half surrogate pairs
 
 
 def encode_message(message: dict) -> dict:
@@ -94,10 +95,9 @@ def encode_message(message: dict) -> dict:
 
 def close_action(text: str) -> str:
     """Servers leave the stop string out: puts back the closing tag of the action that is open."""
-    for tag in CLOSING_TAGS:
-        if text.count(tag.replace("/", "")) > text.count(tag):
-            return text + tag
-    return text
+    opened = {text.rfind(tag.replace("/", "")): tag for tag in CLOSING_TAGS}
+    place, tag = max(opened.items())
+    return text + tag if place >= 0 and tag not in text[place:] else text
 
 
 def play_episode(

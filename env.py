@@ -20,20 +20,20 @@ What one assistant message leads to (the first row that fits; a turn is one assi
 
     the message without its thoughts (an open one ends it)     step returns               code in env.errors
     ---------------------------------------------------------  -------------------------  ------------------
-    an action only behind a thought that is never closed       (error message, None)      unclosed_tag
-    neither <grounding> nor <answer>                           (None, "void")             (parse: no_action)
-    exactly one non-empty answer, even in the last turn        (None, "answer")
+    neither <grounding> nor <answer>                           (None, "void")             -
+    exactly one non-empty answer, even in the last turn        (None, "answer")           -
     any error below, in the last turn                          (None, "void")             its code
+    an action only behind a thought that is never closed       (error message, None)      unclosed_tag
     more than one action                                       (error message, None)      two_actions
     an action tag that is never closed                         (error message, None)      unclosed_tag
     an answer of white space                                   (error message, None)      empty_answer
-    not one JSON object with bbox_2d and source, or > 2000 chars (error message, None)    bad_json
-    the box is not four finite numbers, or has no area inside its source (error message, None) bad_box
-    the source is no name of an image in the bank              (error message, None)      bad_source
-    the crop has a side of less than 2 pixels, or is longer than 190:1 (error message, None) bad_size
-    a good crop in the last turn                               (None, "turn_limit")
-    a good crop, but the bank already holds max_images         (None, "image_limit")
-    a good crop; a box that sticks out is clamped to [0, 1]    (observation, None)
+    no JSON object with bbox_2d and source; > 2000 characters  (error message, None)      bad_json
+    a box of other than four finite numbers, or without area   (error message, None)      bad_box
+    a source that is no image in the bank                      (error message, None)      bad_source
+    a crop with a side below 2 pixels, or longer than 190:1    (error message, None)      bad_size
+    a good crop in the last turn                               (None, "turn_limit")       -
+    a good crop, but the bank already holds max_images         (None, "image_limit")      -
+    a good crop; a box that sticks out is clamped to [0, 1]    (observation, None)        -
 
 The rollout counts tokens and adds two stops: "context_limit", and "void" for a message that was cut.
 An episode that a limit ended while it still asked for a crop is *over-turn*: see OVER_TURN.
@@ -60,6 +60,7 @@ from PIL import Image, ImageOps
 STOPS = ("answer", "turn_limit", "image_limit", "context_limit", "void")
 OVER_TURN = ("turn_limit", "image_limit", "context_limit")  # a limit ended the search: its outcome is unknown
 CALL_ERRORS = ("bad_json", "bad_box", "bad_source", "bad_size")
+# no_action ends the episode as void; the others are counted in CropEnv.errors.
 ERROR_CODES = ("no_action", "two_actions", "unclosed_tag", "empty_answer", *CALL_ERRORS)
 
 SYSTEM_PROMPT = (
@@ -349,10 +350,15 @@ class CropEnv:
         return None, stop
 
     def take_back_reply(self) -> None:
-        """The last reply does not fit the context: its observation leaves the bank, and the episode ends."""
+        """The last reply does not fit the context: its observation leaves the bank, and the episode ends.
+
+        After a crop that is context_limit; after a failed action it is void, as in the last turn.
+        """
         if self.crop_turns[-1:] == [self.turn]:
             self.observations.pop(), self.crops.pop(), self.crop_turns.pop()
-        self.end("context_limit")
+            self.end("context_limit")
+        else:
+            self.end("void")
 
     def clone(self) -> "CropEnv":
         """Another episode on the same image, from its start."""

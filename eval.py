@@ -15,8 +15,8 @@ results.json is written last: after a crash, the same command starts again and g
     $ python eval.py                                       # runs/rl on fresh hard probes -> runs/eval
     $ python eval.py --init runs/sft --out runs/eval_sft --against runs/eval   # both curves
     $ python eval.py --control blind --out runs/eval_blind
-    $ python eval.py --data visual_probe --samples 32 --judge URL --judge_model NAME
-    $ python eval.py --data visual_probe --endpoint URL --model NAME      # a served policy
+    $ python eval.py qwen7b --data visual_probe --samples 32 --judge URL --judge_model NAME
+    $ python eval.py qwen7b --data visual_probe --endpoint URL --model NAME    # a served policy
 
 Read next: README.md.
 """
@@ -91,7 +91,8 @@ class Config:
     max_pixels: int | None = None  # likewise
 
     def __post_init__(self):
-        if min(*self.turn_limits, self.samples, self.wave_size, self.count or 1) < 1:
+        count = 1 if self.count is None else self.count
+        if not self.turn_limits or min(*self.turn_limits, self.samples, self.wave_size, count) < 1:
             raise ValueError("--turn_limits, --samples, --wave_size and --count start at 1")
         if self.endpoint and (self.control != "none" or not self.model):
             raise ValueError("--endpoint needs --model NAME, and plays no --control")
@@ -347,7 +348,7 @@ def main(cfg: Config) -> None:
         "seconds": round(time.time() - began, 1),
         **summarise(episodes, cfg.samples, limits),
     }
-    (cfg.out / "results.json").unlink(missing_ok=True)  # of an earlier evaluation; where it is, all of it is
+    (cfg.out / "results.json").unlink(missing_ok=True)  # of an earlier evaluation; it is written last
     write_lines(cfg.out / "episodes.jsonl", map(make_row, episodes))
     curves = {label: results["curve"]}
     for directory, other in zip(cfg.against, others):

@@ -5,17 +5,14 @@ parameters), from random weights, with a tokenizer built here. Any other name is
 directory of the Qwen2.5-VL or Qwen3-VL family, loaded with LoRA or QLoRA adapters from peft. Both are saved
 in the Hugging Face layout.
 
-Three rules keep a multi-turn conversation exact (each measured in transformers 5.23; see
-docs/differences.md):
-  1. Token ids from the sampler are the record: nothing is decoded and tokenised again. 2. Positions are
-  always explicit, (3, B, T): time, height and width. A forward that infers them can be silently
-     wrong as soon as there is a cache or a second image.
-  3. Text from the outside (questions, model output, error messages) is encoded with special tokens
-  disabled, and
-     special tokens other than end-of-turn are never sampled.
+Three rules keep a multi-turn conversation exact (measured in transformers 5.23: docs/differences.md):
+  1. Token ids from the sampler are the record: nothing is decoded and tokenised again.
+  2. Positions are always explicit, (3, B, T): time, height and width. A forward that infers them can be
+     silently wrong as soon as there is a cache or a second image.
+  3. Text from the outside (questions, model output, error messages) is encoded with special tokens disabled,
+     and special tokens other than end-of-turn are never sampled.
 
-    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, N tokens of B rollouts end to end, V
-    vocabulary
+    Q questions, G rollouts per question, B = Q * G rollouts, T tokens, N tokens of B rollouts, V vocabulary
 
     $ python model.py --base tiny          # what is in it: parameters by part, an example prompt in tokens
 
@@ -110,7 +107,10 @@ def byte_tokenizer(
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Bytes, plus one token for each phrase of the tiny policy's small world. Any text can be encoded."""
+    """Bytes, plus one token for each phrase of the tiny policy's small world. Any text can be encoded.
+
+    The phrases are those of data.py's questions and searches and of TINY_PROTOCOL, split at `|`.
+    """
     coordinates = sorted({str(v) for x in range(6) for v in cell_box((x, 0), 6)})
     wording = """system\\n|user\\n|assistant\\n|Search the picture.|Observation |That failed.|
 What color is the tag with |the | and |What number is on sign |What number is left of the |
@@ -339,9 +339,9 @@ def load_policy(
     family, or a directory: a checkpoint, or a run of ours, adapter runs included. adapter: a peft directory
     to put on top. quantize: "nf4" loads the language model in 4 bits (bitsandbytes). lora_rank: adds fresh
     LoRA adapters to the language model, unless there is an adapter, and freezes all else; 0 trains every
-    weight. wording: see change_protocol; it replaces what the policy
-    was saved with. device: default cuda if there is one. dtype: default bfloat16 on cuda for checkpoints
-    above 1 GB, else float32. UserError when there is nothing to load.
+    weight. wording: see change_protocol; it replaces what the policy was saved with. device: default cuda
+    if there is one. dtype: default bfloat16 on cuda for checkpoints above 1 GB, else float32. UserError
+    when there is nothing to load.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     protocol = Protocol()

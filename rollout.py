@@ -347,7 +347,7 @@ def rollout(
             rows[-1].begin(policy, env, force_answer)
             if len(rows[-1].token_ids) > max_context:
                 length = len(rows[-1].token_ids)
-                raise UserError(f"a prompt of {length} tokens exceeds --max_context {max_context}")
+                raise UserError(f"a prompt of {length} tokens exceeds max_context={max_context}")
         wave = Wave(policy, rows, compile)
         hidden = wave.read(keep_features)  # (questions, D)
         wave.select([i for i in range(len(rows)) for _ in range(group_size)])

@@ -11,7 +11,7 @@ the paper: look for `over_turn`.
     $ python train_rl.py                                   # runs/sft -> runs/rl
     $ python train_rl.py --over_turn zero_reward --out runs/rl_zero   # ablation: over-turn is failure
     $ python train_rl.py qwen7b --steps 100                # a preset for a real base; see PRESETS
-    $ python train_rl.py --data visual_probe --judge base  # a prepared set; the base judges open answers
+    $ python train_rl.py qwen7b --data visual_probe --judge base     # a prepared set; the base judges answers
 
 Read next: eval.py.
 """
@@ -52,7 +52,9 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.3
-    over_turn: Literal["mask", "zero_reward"] = "mask"  # what a rollout teaches that ran into a limit
+    over_turn: Literal["mask", "zero_reward"] = (
+        "mask"  # a limit ended the rollout: leave it out, or call it wrong
+    )
     baseline: Literal["all", "completed"] = "all"  # rollouts in the mean and std of their group
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = PROBE_KINDS
@@ -104,8 +106,9 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     A group of equal rewards gives exact zeros. Source: GRPO; eps and the unbiased std as in the reference
     code (verl/trainer/ppo/core_algos.py:145).
 
-    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0,
-    1.0]])).round(decimals=3).tolist() [[1.5, -0.5, -0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
+    >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> group_advantages(rewards).round(decimals=3).tolist()
+    [[1.5, -0.5, -0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
     """
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)  # (Q, 1) each
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # (Q, 1)
@@ -329,7 +332,7 @@ def main(cfg: Config) -> None:
     if cfg.init == Config.init and not cfg.init.exists():
         raise common.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py")
     policy = load_policy(str(cfg.init), **policy_flags(cfg))
-    optimizer = common.make_optimizer(policy, cfg, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+    optimizer = common.make_optimizer(policy, cfg, betas=(0.9, 0.999))
     judge = open_judge(cfg.judge, cfg.judge_model, policy)
     common.open_run(cfg, may_change=("steps",))
     start = common.load_run(cfg.out, policy, optimizer) if cfg.resume else 0
@@ -345,7 +348,7 @@ def main(cfg: Config) -> None:
         # (b) Are over-turn rollouts trained on? Paper and code: no. Neither do we.
         over_turn = stack(groups, "over_turn").bool()  # (Q, G)
         masked = over_turn if cfg.over_turn == "mask" else torch.zeros_like(over_turn)  # (Q, G)
-        # (c) The loss is divided by? Paper: rollouts that count. Code: all. We: those of the step that count.
+        # (c) What divides the loss? Paper: rollouts that count. Code: all. We: those of the step that count.
         counted = ~masked if cfg.denominator == "completed" else torch.ones_like(masked)  # (Q, G)
         for q, group in enumerate(groups):
             for g, episode in enumerate(group):
@@ -355,6 +358,7 @@ def main(cfg: Config) -> None:
         norms, drifts, clipped_tokens, trained_tokens = [], [], 0, 0
         for part in range(cfg.updates):  # one optimizer step each, on its share of the groups
             denominator = max(1, int(counted[part :: cfg.updates].sum()))  # of the whole optimizer step
+            # Rows that add exactly zero, masked ones among them, are not worth a forward.
             episodes = [
                 e for group in groups[part :: cfg.updates] for e in group if e.advantage and not e.masked
             ]

@@ -11,7 +11,7 @@ warm-up. Batches are drawn afresh at every step.
     $ python train_sft.py --seed 1 --out runs/sft1
     $ python train_sft.py --resume             # goes on where runs/sft stopped
     $ python train_sft.py qwen7b               # LoRA on Qwen2.5-VL-7B in 4 bits; see PRESETS
-    $ python train_sft.py --base DIR --data cold_start      # imitates written searches; see prepare/
+    $ python train_sft.py qwen7b --data cold_start          # imitates written searches; see prepare/
 
 Read next: train_rl.py.
 """
@@ -51,7 +51,7 @@ class Config:
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
     steps: int = 900  # optimizer steps, warm-up included
-    warmup_steps: int = 560  # of them on single looks: perception first
+    warmup_steps: int = 560  # of which so many on single looks: perception first
     warmup_looks: int = 40  # single looks per warm-up step
     warmup_plans: int = 10  # beginnings of a planned search per warm-up step
     batch: int = 32  # searches per step
@@ -128,7 +128,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Data worker: ignore Ctrl-C, the trainer decides when to stop."""
+    """Data worker: ignores Ctrl-C, since the trainer decides when to stop, and ends at SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -157,7 +157,8 @@ def load_batches(
 
 def learning_rate(cfg: Config, step: int) -> float:
     """Linear rise to the peak, held through the warm-up; then a cosine, down to a share of the peak."""
-    share = max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    warmup_steps = 0 if cfg.data else cfg.warmup_steps
+    share = max(0, step - warmup_steps) / max(1, cfg.steps - warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * share))
     return cfg.lr * min(1.0, (step + 1) / cfg.lr_rise) * (cfg.lr_floor + (1 - cfg.lr_floor) * cosine)
 
@@ -180,7 +181,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     written = load_searches(cfg)
     policy = load_policy(cfg.base, **policy_flags(cfg))
-    optimizer = common.make_optimizer(policy, cfg, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    optimizer = common.make_optimizer(policy, cfg, betas=(0.9, 0.98))
     common.open_run(cfg)
     start = common.load_run(cfg.out, policy, optimizer) if cfg.resume else 0
     policy.model.train()

@@ -1,16 +1,16 @@
 """How much faster a rollout is than the obvious way: `generate` on the whole conversation, turn after turn.
 
 Baseline: transformers' `generate` with its own cache and its own layers, batched, padded on the left, called
-once per turn. Each turn reads the whole conversation again and encodes all of its images again. Both sides say
-the same tokens, written searches of exactly so many turns, and both sample a token before it is replaced by the
-written one. Same weights, alternating in one process, medians after a warm-up.
+once per turn. Each turn reads the whole conversation again and encodes all of its images again. Both sides
+say the same tokens, written searches of exactly so many turns. Both sample a token before the written one
+takes its place. Same weights, alternating in one process, medians after a warm-up.
 
     prefill tokens   tokens read in forwards longer than one token, padding not counted
     ratio            seconds of the baseline / seconds of this side
     peak GB          of the GPU if there is one, else of this process, libraries and weights included
 
-    $ python bench/bench_rollout.py                                # tiny; --base DIR: any other
-    $ python bench/bench_rollout.py --turns 6 --batch 16 --repeats 2
+    $ python bench/bench_rollout.py                                     # about 10 minutes on two cores
+    $ python bench/bench_rollout.py --turns 6 --batch 16 --repeats 2    # --base DIR: another policy than tiny
 """
 
 import statistics
@@ -44,7 +44,7 @@ class Config:
     turns: tuple[int, ...] = (6, 32)  # assistant messages per episode
     batch: tuple[int, ...] = (16, 64)  # episodes at once
     group_size: int = 8  # episodes per question
-    repeats: int = 5  # runs of each side; a warm-up comes on top
+    repeats: int = 3  # runs of each side; a warm-up comes on top
     quantize: str | None = None  # "nf4": the language model in 4 bits
     device: str | None = None  # default: cuda if there is one
     min_pixels: int | None = None  # of a view, width * height; default: the policy's own

@@ -46,7 +46,8 @@ class Config:
     exemplars: Path = EXEMPLARS  # written searches, each below a line `## NAME`
 
     def __post_init__(self):
-        if min(self.max_turns, self.max_turn_tokens, self.threads, self.count or 1) < 1:
+        count = 1 if self.count is None else self.count
+        if min(self.max_turns, self.max_turn_tokens, self.threads, count) < 1:
             raise ValueError("--count, --max_turns, --max_turn_tokens and --threads start at 1")
 
 

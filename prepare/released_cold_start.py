@@ -23,7 +23,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 from formats import ImageWriter, read_literal
-from shared import BaseConfig, Probe, UserError, cli, convert, fetch, take
+from shared import BaseConfig as Config
+from shared import Probe, UserError, cli, convert, fetch, take
 
 from env import ActionError, Answer, parse_action
 
@@ -77,7 +78,7 @@ def find_answer(text: str) -> str | list[str]:
     return action.text if isinstance(action, Answer) else []
 
 
-def main(cfg: BaseConfig) -> None:
+def main(cfg: Config) -> None:
     path = fetch(cfg.src, "Mini-o3/Mini-o3-Coldstart-Dataset")
     files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if not files:
@@ -87,4 +88,4 @@ def main(cfg: BaseConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, BaseConfig)
+    cli(main, Config)

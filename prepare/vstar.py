@@ -24,7 +24,8 @@ import random
 import re
 from pathlib import Path
 
-from shared import BaseConfig, Probe, UserError, cli, convert, fetch, find_image, take
+from shared import BaseConfig as Config
+from shared import Probe, UserError, cli, convert, fetch, find_image, take
 
 from env import load_image
 
@@ -74,7 +75,7 @@ def read_line(row: dict, folder: Path) -> Probe:
     return Probe(find_image(folder, image), question, label, options, source="vstar", meta=meta)
 
 
-def main(cfg: BaseConfig) -> None:
+def main(cfg: Config) -> None:
     path = fetch(cfg.src, "craigwu/vstar_bench")
     if questions := find_questions(path):
         convert([(f"{file}, row 1", file) for file in questions], read_question, cfg.out)
@@ -88,4 +89,4 @@ def main(cfg: BaseConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, BaseConfig)
+    cli(main, Config)

@@ -302,12 +302,12 @@ def test_a_crop_is_at_least_2_pixels_wide_and_at_most_190_to_1():
 
 
 def test_a_reply_that_does_not_fit_the_context_is_taken_back():
-    for last, errors in [(call(WHOLE), []), (BAD["bad_json"], ["bad_json"])]:
+    for last, errors, stop in [(call(WHOLE), [], "context_limit"), (BAD["bad_json"], ["bad_json"], "void")]:
         env = small_env()
         env.step(call())
         env.step(last)  # an error brings no observation: then the crop before it stays
         env.take_back_reply()
-        assert (env.stop, env.crops, env.errors, env.crop_turns) == ("context_limit", [HALF], errors, [1])
+        assert (env.stop, env.crops, env.errors, env.crop_turns) == (stop, [HALF], errors, [1])
         assert [image.size for image in env.observations] == [(60, 80), (30, 40)]
 
 
