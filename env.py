@@ -20,7 +20,7 @@ What one assistant message leads to (the first row that fits; a turn is one assi
 
     the message without its thoughts (an open one ends it)     step returns               code in env.errors
     ---------------------------------------------------------  -------------------------  ------------------
-    neither <grounding> nor <answer>                           (None, "void")             -
+    neither <grounding> nor <answer>                           (None, "void")             no_action (not kept)
     exactly one non-empty answer, even in the last turn        (None, "answer")           -
     any error below, in the last turn                          (None, "void")             its code
     an action only behind a thought that is never closed       (error message, None)      unclosed_tag

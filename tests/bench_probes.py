@@ -14,6 +14,7 @@ On easy and medium the overview may help a little: extra rows, no gate.
     $ python tests/bench_probes.py                   # about 2 minutes on one core
     $ python tests/bench_probes.py --check           # exit code 1 when the gate fails
 """
+
 import itertools
 import sys
 from collections import Counter
@@ -26,15 +27,15 @@ import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data                                                         # noqa: E402  (found through the line above)
-from env import crop_pixels, fit_pixels                             # noqa: E402
+import data  # noqa: E402  (found through the line above)
+from env import crop_pixels, fit_pixels  # noqa: E402
 
-CELL, GRID, VIEW = 48, 6, 48                       # pixels per cell, cells per side, pixels per side of a view
-PATCH = VIEW // GRID                               # a cell in the overview: 8 x 8 pixels
-GREY, TONE = 96, 220                               # what clutter and plates are on average
-SHARP = 200.0                                      # log-likelihood per unit of correlation
+CELL, GRID, VIEW = 48, 6, 48  # pixels per cell, cells per side, pixels per side of a view
+PATCH = VIEW // GRID  # a cell in the overview: 8 x 8 pixels
+GREY, TONE = 96, 220  # what clutter and plates are on average
+SHARP = 200.0  # log-likelihood per unit of correlation
 
-Plate = tuple[tuple[str, str, str], str]           # parts, answer
+Plate = tuple[tuple[str, str, str], str]  # parts, answer
 
 
 def plates(kind: str) -> list[Plate]:
@@ -46,8 +47,10 @@ def plates(kind: str) -> list[Plate]:
         "conjunction": itertools.product(shapes, digits, colors),
         "relation": [*itertools.product(digits, shapes, colors), *itertools.product(shapes, digits, colors)],
     }[kind]
-    return [(p, p[2] if kind in ("attribute", "conjunction") else next(name for name in p if name in digits))
-            for p in parts]
+    return [
+        (p, p[2] if kind in ("attribute", "conjunction") else next(name for name in p if name in digits))
+        for p in parts
+    ]
 
 
 def templates(shown: list[Plate], difficulty: str, offsets: tuple[float, ...]) -> np.ndarray:
@@ -56,14 +59,16 @@ def templates(shown: list[Plate], difficulty: str, offsets: tuple[float, ...]) -
     rows = -(-len(shown) // columns)
     cells = []
     for dx, dy in itertools.product(offsets, repeat=2):
-        canvas = Image.new("RGB", (columns * 2 * CELL, rows * 2 * CELL), (GREY,) * 3)     # every second cell is empty
+        canvas = Image.new(
+            "RGB", (columns * 2 * CELL, rows * 2 * CELL), (GREY,) * 3
+        )  # every second cell is empty
         for i, (parts, _) in enumerate(shown):
             x, y = (2 * (i % columns) + 0.5) * CELL + dx, (2 * (i // columns) + 0.5) * CELL + dy
             data._draw_plate(canvas, parts, x, y, CELL, round(data.DIFFICULTIES[difficulty][1] * CELL), TONE)
         pixels = rows * columns * 4 * PATCH * PATCH
         small = np.asarray(fit_pixels(canvas, pixels, pixels), np.float32)
         small = small.reshape(rows, 2, PATCH, columns, 2, PATCH, 3)[:, 0, :, :, 0].transpose(0, 2, 1, 3, 4)
-        cells.append(small.reshape(rows * columns, -1)[:len(shown)])
+        cells.append(small.reshape(rows * columns, -1)[: len(shown)])
     return np.stack(cells, 1)
 
 
@@ -80,7 +85,7 @@ def vote(fit: np.ndarray, probe: data.Probe, shown: list[Plate]) -> str:
     wanted = asked(probe, shown)
     yes = np.logaddexp.reduce(fit[:, wanted], axis=1)
     odds = yes - np.logaddexp.reduce(fit[:, ~wanted], axis=1)
-    target = np.exp(odds - odds.max())[:, None] * np.exp(fit[:, wanted] - yes[:, None])     # (K, wanted plates)
+    target = np.exp(odds - odds.max())[:, None] * np.exp(fit[:, wanted] - yes[:, None])  # (K, wanted plates)
     score: Counter = Counter()
     for weight, (_, answer) in zip(target.sum(0), itertools.compress(shown, wanted)):
         score[answer] += weight
@@ -92,29 +97,35 @@ class OverviewReader:
 
     def __init__(self, kind: str, difficulty: str, training: list[data.Probe]):
         self.shown = plates(kind)
-        known = templates(self.shown, difficulty, (-1, -0.5, 0, 0.5, 1))                    # (P, J, D)
+        known = templates(self.shown, difficulty, (-1, -0.5, 0, 0.5, 1))  # (P, J, D)
         index = {parts: i for i, (parts, _) in enumerate(self.shown)}
-        truth = known[[index[item["parts"]] for probe in training for item in probe.meta["items"]]]     # (N, J, D)
-        patches = np.concatenate([self.patches(probe) for probe in training])               # (N, D)
+        truth = known[
+            [index[item["parts"]] for probe in training for item in probe.meta["items"]]
+        ]  # (N, J, D)
+        patches = np.concatenate([self.patches(probe) for probe in training])  # (N, D)
         mean, self.whiten = 0.0, np.eye(patches.shape[1], dtype=np.float32)
-        for _ in range(2):                     # which offset fits best, what is left over; then again in its metric
+        for _ in range(2):  # which offset fits best, what is left over; then again in its metric
             best = (((patches[:, None] - truth - mean) @ self.whiten) ** 2).sum(2).argmin(1)
             left = patches - truth[np.arange(len(best)), best]
             mean = left.mean(0)
-            covariance = np.cov(left.T) + 0.5 * np.eye(left.shape[1])                       # 0.5: rounding
+            covariance = np.cov(left.T) + 0.5 * np.eye(left.shape[1])  # 0.5: rounding
             self.whiten = np.linalg.cholesky(np.linalg.inv(covariance)).astype(np.float32)
-        self.known = ((known + mean) @ self.whiten).reshape(-1, patches.shape[1])           # (P * J, D)
-        self.norm = 0.5 * (self.known ** 2).sum(1)
+        self.known = ((known + mean) @ self.whiten).reshape(-1, patches.shape[1])  # (P * J, D)
+        self.norm = 0.5 * (self.known**2).sum(1)
 
     def patches(self, probe: data.Probe) -> np.ndarray:
         """(K, D): the cells of the plates, cut from the overview."""
         view = np.asarray(fit_pixels(probe.open(), VIEW * VIEW, VIEW * VIEW), np.float32)
         cells = [item["cell"] for item in probe.meta["items"]]
-        return np.stack([view[y * PATCH:(y + 1) * PATCH, x * PATCH:(x + 1) * PATCH].ravel() for x, y in cells])
+        return np.stack(
+            [view[y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH].ravel() for x, y in cells]
+        )
 
     def answer(self, probe: data.Probe) -> str:
-        fit = (self.patches(probe) @ self.whiten) @ self.known.T - self.norm                # (K, P * J)
-        return vote(np.logaddexp.reduce(fit.reshape(len(fit), len(self.shown), -1), axis=2), probe, self.shown)
+        fit = (self.patches(probe) @ self.whiten) @ self.known.T - self.norm  # (K, P * J)
+        return vote(
+            np.logaddexp.reduce(fit.reshape(len(fit), len(self.shown), -1), axis=2), probe, self.shown
+        )
 
 
 class CropReader:
@@ -127,11 +138,15 @@ class CropReader:
         self.shown = plates(kind)
         self.size = round(data.DIFFICULTIES[difficulty][1] * CELL)
         self.glyphs = data.SHAPES + data.LETTERS + data.DIGITS
-        inks = [np.asarray(data._sprite(name, self.size, CELL / 16), np.float32)[..., 3] for name in self.glyphs]
-        self.inks = _normal(-np.stack(inks).reshape(len(inks), -1))                         # (glyphs, size * size)
+        inks = [
+            np.asarray(data._sprite(name, self.size, CELL / 16), np.float32)[..., 3] for name in self.glyphs
+        ]
+        self.inks = _normal(-np.stack(inks).reshape(len(inks), -1))  # (glyphs, size * size)
         self.colors = np.array(list(data.COLORS.values()), np.float32)
         colors, names = list(data.COLORS), self.glyphs
-        self.columns = np.array([[names.index(p[0]), names.index(p[1]), colors.index(p[2])] for p, _ in self.shown])
+        self.columns = np.array(
+            [[names.index(p[0]), names.index(p[1]), colors.index(p[2])] for p, _ in self.shown]
+        )
 
     def read(self, crop: Image.Image) -> np.ndarray:
         """(P,) log-likelihoods of the plates that the crop may show."""
@@ -142,8 +157,8 @@ class CropReader:
         fits = []
         for center in (VIEW / 2 - 0.22 * CELL, VIEW / 2 + 0.22 * CELL):
             left = 8 + round(center - self.size / 2)
-            near = windows[top - 3:top + 4, left - 3:left + 4].reshape(49, -1)
-            fits.append((self.inks @ _normal(near).T).max(1))                               # (glyphs,)
+            near = windows[top - 3 : top + 4, left - 3 : left + 4].reshape(49, -1)
+            fits.append((self.inks @ _normal(near).T).max(1))  # (glyphs,)
         bar = pixels[33:37, 8:40].mean((0, 1))
         fits.append(_normal(self.colors) @ _normal(bar))
         return SHARP * sum(fit[column] for fit, column in zip(fits, self.columns.T))
@@ -163,14 +178,16 @@ def _normal(rows: np.ndarray) -> np.ndarray:
 
 def readers(kind: str, difficulty: str, training: list[data.Probe]) -> dict[str, Callable[[data.Probe], str]]:
     """The five columns of the table: probe -> answer."""
-    habit: dict[str, Counter] = {}                              # question -> its answers in the training probes
+    habit: dict[str, Counter] = {}  # question -> its answers in the training probes
     for probe in training:
         habit.setdefault(probe.question, Counter())[probe.answer] += 1
     usual = sum(habit.values(), Counter())
     overview, crops = OverviewReader(kind, difficulty, training), CropReader(kind, difficulty)
 
     def all_boxes(probe: data.Probe) -> list:
-        return [data.cell_box(item["cell"], GRID) for item in probe.meta["items"][::-1]]    # items[0] is the target
+        return [
+            data.cell_box(item["cell"], GRID) for item in probe.meta["items"][::-1]
+        ]  # items[0] is the target
 
     return {
         "blind": lambda p: habit.get(p.question, usual).most_common(1)[0][0],
@@ -183,11 +200,11 @@ def readers(kind: str, difficulty: str, training: list[data.Probe]) -> dict[str,
 
 @dataclass(frozen=True)
 class Config:
-    probes: int = 300                  # per kind and difficulty
-    training: int = 150                # more, for the overview reader to learn the clutter from
+    probes: int = 300  # per kind and difficulty
+    training: int = 150  # more, for the overview reader to learn the clutter from
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard", "medium", "easy")
-    check: bool = False                # exit code 1 when a kind fails the gate
+    check: bool = False  # exit code 1 when a kind fails the gate
 
 
 def main(cfg: Config) -> None:

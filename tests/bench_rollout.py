@@ -9,6 +9,7 @@ copy measured in the same run, over the time that they take.
     $ python tests/bench_rollout.py                                   # tiny; with CUDA also random:qwen3b and :qwen7b
     $ python tests/bench_rollout.py --bases tiny --turns 6 --batch 16 --repeats 3
 """
+
 import itertools
 import statistics
 import sys
@@ -32,12 +33,19 @@ from rollout import Row, Transcript, rollout
 
 @dataclass(frozen=True)
 class Config(PolicyFlags):
-    bases: tuple[str, ...] = ("tiny", "random:qwen3b", "random:qwen7b")  # without CUDA: only those that are not random:
-    turns: tuple[int, ...] = (6, 32)   # assistant messages per episode
+    bases: tuple[str, ...] = (
+        "tiny",
+        "random:qwen3b",
+        "random:qwen7b",
+    )  # without CUDA: only those that are not random:
+    turns: tuple[int, ...] = (6, 32)  # assistant messages per episode
     batch: tuple[int, ...] = (16, 64)  # episodes at once, in groups of 8
-    pixels: tuple[int, ...] = (1_000_000, 500_000)  # of each view of a base that is not tiny, for each of `turns`
-    repeats: int = 5                   # runs of each side; the first, a warm-up, comes on top
-    group_size: int = 8                # G
+    pixels: tuple[int, ...] = (
+        1_000_000,
+        500_000,
+    )  # of each view of a base that is not tiny, for each of `turns`
+    repeats: int = 5  # runs of each side; the first, a warm-up, comes on top
+    group_size: int = 8  # G
 
 
 def scripts(policy: Policy, count: int, turns: int) -> list[list[int]]:
@@ -45,8 +53,10 @@ def scripts(policy: Policy, count: int, turns: int) -> list[list[int]]:
     said = []
     for episode in range(count):
         cells = [((i + 7 * episode) % 36 % 6, (i + 7 * episode) % 36 // 6) for i in range(turns - 1)]
-        texts = [f"<think>next {data.cell_name(cell)}</think>{format_action(Crop(data.cell_box(cell, 6), 0))}"
-                 for cell in cells] + ["<think>read 4</think><answer>4</answer>"]
+        texts = [
+            f"<think>next {data.cell_name(cell)}</think>{format_action(Crop(data.cell_box(cell, 6), 0))}"
+            for cell in cells
+        ] + ["<think>read 4</think><answer>4</answer>"]
         said.append([token for text in texts for token in [*policy.encode(text), policy.im_end]])
     return said
 
@@ -79,24 +89,37 @@ def plain(policy: Policy):
 
 
 @torch.no_grad()
-def baseline(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_size: int, turns: int) -> dict:
+def baseline(
+    policy: Policy, probes: list[data.Probe], said: list[list[int]], group_size: int, turns: int
+) -> dict:
     """One `generate` per turn over everything so far; finished episodes leave the batch."""
     probes = [probe for probe in probes for _ in range(group_size)]
-    live = [(Transcript(policy, probe, turns, None, CropEnv), iter(tokens)) for probe, tokens in zip(probes, said)]
+    live = [
+        (Transcript(policy, probe, turns, None, CropEnv), iter(tokens)) for probe, tokens in zip(probes, said)
+    ]
     views = [list(transcript.new_views) for transcript, _ in live]
     count = {"prefill tokens": 0, "images encoded": 0, "tokens": 0}
     model, pad = policy.base, policy.tokenizer.pad_token_id
     while live:
         length = max(len(t.ids) for t, _ in live)
         ids = torch.tensor([[pad] * (length - len(t.ids)) + t.ids for t, _ in live], device=policy.device)
-        turn = [list(itertools.takewhile(lambda token: token != policy.im_end, tokens)) + [policy.im_end]
-                for _, tokens in live]
+        turn = [
+            list(itertools.takewhile(lambda token: token != policy.im_end, tokens)) + [policy.im_end]
+            for _, tokens in live
+        ]
         pixels = policy.pixels([view for shown in views for view in shown])
         with plain(policy):
-            model.generate(input_ids=ids, attention_mask=(ids != pad).long(), **pixels,
-                           mm_token_type_ids=(ids == policy.image_pad).int(),
-                           logits_processor=LogitsProcessorList([Forced(turn, length, policy.im_end)]), do_sample=False,
-                           max_new_tokens=max(map(len, turn)), eos_token_id=policy.im_end, pad_token_id=pad)
+            model.generate(
+                input_ids=ids,
+                attention_mask=(ids != pad).long(),
+                **pixels,
+                mm_token_type_ids=(ids == policy.image_pad).int(),
+                logits_processor=LogitsProcessorList([Forced(turn, length, policy.im_end)]),
+                do_sample=False,
+                max_new_tokens=max(map(len, turn)),
+                eos_token_id=policy.im_end,
+                pad_token_id=pad,
+            )
         count["prefill tokens"] += sum(len(t.ids) for t, _ in live)
         count["images encoded"] += sum(map(len, views))
         count["tokens"] += sum(map(len, turn))
@@ -110,7 +133,9 @@ def baseline(policy: Policy, probes: list[data.Probe], said: list[list[int]], gr
     return count
 
 
-def ours(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_size: int, turns: int) -> dict:
+def ours(
+    policy: Policy, probes: list[data.Probe], said: list[list[int]], group_size: int, turns: int
+) -> dict:
     """The rollout as it is; only what is sampled is given."""
     count = {"prefill tokens": 0, "images encoded": 0, "tokens": sum(map(len, said)), "decode": []}
     weights = model_bytes(policy)
@@ -122,11 +147,15 @@ def ours(policy: Policy, probes: list[data.Probe], said: list[list[int]], group_
             self.random.random = lambda: next(tokens)
 
     def take(logprobs, tokens, temperature):
-        return tokens, logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
+        return tokens, logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[
+            :, 0
+        ].tolist()
 
     class Timed(rollout_module.Decoder):
         def __call__(self, ids, positions, starts):
-            row = sum(layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in self.cache.layers)
+            row = sum(
+                layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in self.cache.layers
+            )
             began = now(policy)
             hidden = super().__call__(ids, positions, starts)
             count["decode"].append((weights + sum(start + 1 for start in starts) * row, began, now(policy)))
@@ -191,7 +220,7 @@ def reset_peak(policy: Policy) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")                            # Linux: VmHWM starts again from now
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from now
 
 
 def peak_gb(policy: Policy) -> str:
@@ -199,7 +228,11 @@ def peak_gb(policy: Policy) -> str:
     if policy.device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
     status = Path("/proc/self/status")
-    found = [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
+    found = (
+        [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line]
+        if status.exists()
+        else []
+    )
     return f"{int(found[0]) * 1024 / 1e9:.2f}" if found else "not measured"
 
 
@@ -218,39 +251,60 @@ def rows(cfg: Config, base: str, turns: int, pixels: int, batch: int) -> None:
     torch.manual_seed(0)
     tiny = base == "tiny"
     size = {} if tiny else {"min_pixels": pixels, "max_pixels": pixels}
-    policy = load_policy(base, **policy_flags(cfg) | size | {"quantize": "nf4" if "7b" in base else cfg.quantize})
-    probes = [data.make_probe("attribute", "hard", seed, cell=48 if tiny else 170) for seed in range(batch // cfg.group_size)]
+    policy = load_policy(
+        base, **policy_flags(cfg) | size | {"quantize": "nf4" if "7b" in base else cfg.quantize}
+    )
+    probes = [
+        data.make_probe("attribute", "hard", seed, cell=48 if tiny else 170)
+        for seed in range(batch // cfg.group_size)
+    ]
     said = scripts(policy, batch, turns)
     runs: dict = {baseline: [], ours: []}
     for repeat in tqdm(range(cfg.repeats + 1), desc=f"{base}, {turns} turns, batch {batch}", leave=False):
-        for side in runs:                                                        # alternating
+        for side in runs:  # alternating
             try:
                 run = timed(side, policy, probes, said, cfg.group_size, turns)
             except torch.OutOfMemoryError:
                 run = (float("nan"), "out of memory", None)
-            runs[side] += [run] if repeat else []                                # the first is a warm-up
+            runs[side] += [run] if repeat else []  # the first is a warm-up
     median = {side: statistics.median(seconds for seconds, _, _ in runs[side]) for side in runs}
     for side in runs:
         seconds, (_, peak, count) = median[side], runs[side][0]
         cells = ["", "", "", ""]
         if count:
-            cells = [f"{count['prefill tokens']:,}", f"{count['images encoded']:,}", f"{count['tokens'] / seconds:,.0f}", ""]
+            cells = [
+                f"{count['prefill tokens']:,}",
+                f"{count['images encoded']:,}",
+                f"{count['tokens'] / seconds:,.0f}",
+                "",
+            ]
             if side is ours:
                 spent = sum(between(began, ended) for _, began, ended in count["decode"])
-                cells[3] = f"{sum(read for read, *_ in count['decode']) / spent / copy_rate(policy.device):.0%}"
-        print(f"| {base} | {turns} | {batch} | {side.__name__} | {' | '.join(cells)} | {batch / seconds:.2f} | {seconds:.2f} | "
-              f"{median[baseline] / seconds:.1f} | {peak} |", flush=True)
+                cells[3] = (
+                    f"{sum(read for read, *_ in count['decode']) / spent / copy_rate(policy.device):.0%}"
+                )
+        print(
+            f"| {base} | {turns} | {batch} | {side.__name__} | {' | '.join(cells)} | {batch / seconds:.2f} | {seconds:.2f} | "
+            f"{median[baseline] / seconds:.1f} | {peak} |",
+            flush=True,
+        )
 
 
 def main(cfg: Config) -> None:
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.get_num_threads()} threads, medians of {cfg.repeats} "
-          f"runs{'' if cuda else '; random bases, and CUDA: not measured'}\n")
-    print("| base | turns | batch | side | prefill tokens | images encoded | decode tokens/s | of the roofline | episodes/s | "
-          "seconds | ratio | peak GB |")
+    print(
+        f"{torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.get_num_threads()} threads, medians of {cfg.repeats} "
+        f"runs{'' if cuda else '; random bases, and CUDA: not measured'}\n"
+    )
+    print(
+        "| base | turns | batch | side | prefill tokens | images encoded | decode tokens/s | of the roofline | episodes/s | "
+        "seconds | ratio | peak GB |"
+    )
     print("|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for base in cfg.bases:
-        for (turns, pixels), batch in itertools.product(zip(cfg.turns, itertools.cycle(cfg.pixels)), cfg.batch):
+        for (turns, pixels), batch in itertools.product(
+            zip(cfg.turns, itertools.cycle(cfg.pixels)), cfg.batch
+        ):
             if cuda or not base.startswith("random:"):
                 rows(cfg, base, turns, pixels, batch)
 

@@ -8,6 +8,7 @@ process: medians after a warm-up.
     $ python tests/bench_train.py                # needs runs/sft; on CUDA --base random:qwen3b --lora_rank 16
     $ python tests/bench_train.py --memory_steps 200      # also: resident memory over 200 small steps of GRPO
 """
+
 import dataclasses
 import statistics
 import sys
@@ -26,21 +27,29 @@ from tqdm import tqdm
 import data
 import train_rl
 from bench_rollout import peak_gb, plain, reset_peak
-from model import (LoraFlags, Policy, add_gradients, load_policy, micro_batches, mrope_positions, policy_flags,
-                   token_logprobs)
+from model import (
+    LoraFlags,
+    Policy,
+    add_gradients,
+    load_policy,
+    micro_batches,
+    mrope_positions,
+    policy_flags,
+    token_logprobs,
+)
 from rollout import Episode, rollout
 
 
 @dataclass(frozen=True)
 class Config(LoraFlags):
-    base: str = "runs/sft"             # any name that load_policy knows
-    questions: int = 12                # Q, of one optimizer step
-    group_size: int = 8                # G
+    base: str = "runs/sft"  # any name that load_policy knows
+    questions: int = 12  # Q, of one optimizer step
+    group_size: int = 8  # G
     max_turns: int = 6
     max_turn_tokens: int = 48
-    micro_tokens: int = 4096           # tokens per forward
-    repeats: int = 5                   # runs of each side; the first, a warm-up, comes on top
-    memory_steps: int = 0              # steps of GRPO whose resident memory is plotted
+    micro_tokens: int = 4096  # tokens per forward
+    repeats: int = 5  # runs of each side; the first, a warm-up, comes on top
+    memory_steps: int = 0  # steps of GRPO whose resident memory is plotted
 
 
 def baseline_logprobs(policy: Policy, episodes: list[Episode]) -> torch.Tensor:
@@ -53,10 +62,10 @@ def baseline_logprobs(policy: Policy, episodes: list[Episode]) -> torch.Tensor:
         place = mrope_positions(episode.token_ids, grids, policy.image_pad, policy.merge)[0]
         positions.append(torch.from_numpy(place).T)
     pad = lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)
-    ids, positions = pad(ids), pad(positions).permute(2, 0, 1)                       # (B, T), (3, B, T)
-    mask = pad([torch.from_numpy(episode.assistant_mask) for episode in episodes])   # (B, T)
+    ids, positions = pad(ids), pad(positions).permute(2, 0, 1)  # (B, T), (3, B, T)
+    mask = pad([torch.from_numpy(episode.assistant_mask) for episode in episodes])  # (B, T)
     logits = policy.base(input_ids=ids, position_ids=positions, use_cache=False, **pixels).logits.float()
-    logprobs = F.log_softmax(logits[:, :-1] + policy.banned, -1)                     # (B, T - 1, V)
+    logprobs = F.log_softmax(logits[:, :-1] + policy.banned, -1)  # (B, T - 1, V)
     chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
     return F.pad(torch.where(mask[:, 1:], chosen, 0.0), (1, 0))
 
@@ -71,7 +80,9 @@ def in_order(episodes: list[Episode], budget: int) -> list[list[Episode]]:
     return batches
 
 
-def gradient(policy: Policy, weights: list, side: str, episodes: list[Episode], budget: int) -> list[torch.Tensor]:
+def gradient(
+    policy: Policy, weights: list, side: str, episodes: list[Episode], budget: int
+) -> list[torch.Tensor]:
     for weight in weights:
         weight.grad = None
     if side == "baseline":
@@ -104,38 +115,56 @@ def speed(cfg: Config) -> None:
     policy.base.model.visual.requires_grad_(False)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     stream = data.probe_stream(data.PROBE_KINDS, ("hard",), 0)
-    episodes = rollout(policy, [next(stream) for _ in range(cfg.questions)], group_size=cfg.group_size,
-                       max_turns=cfg.max_turns, max_turn_tokens=cfg.max_turn_tokens, keep_features=True)
+    episodes = rollout(
+        policy,
+        [next(stream) for _ in range(cfg.questions)],
+        group_size=cfg.group_size,
+        max_turns=cfg.max_turns,
+        max_turn_tokens=cfg.max_turn_tokens,
+        keep_features=True,
+    )
     sides = ["baseline", "pictures encoded again", "as in train_rl.py"]
     runs, found = {side: [] for side in sides}, {}
     for repeat in tqdm(range(cfg.repeats + 1), leave=False):
-        for side in sides:                                                           # alternating
+        for side in sides:  # alternating
             reset_peak(policy)
             began = time.perf_counter()
-            found[side] = [None if g is None else g.clone() for g in gradient(policy, weights, side, episodes, cfg.micro_tokens)]
+            found[side] = [
+                None if g is None else g.clone()
+                for g in gradient(policy, weights, side, episodes, cfg.micro_tokens)
+            ]
             if policy.device.type == "cuda":
                 torch.cuda.synchronize()
             runs[side] += [(time.perf_counter() - began, peak_gb(policy))] if repeat else []
     norm = lambda gradients: sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
-    with FlopCounterMode(display=False) as flops:                                    # of a plain pass, on this thread
+    with FlopCounterMode(display=False) as flops:  # of a plain pass, on this thread
         for batch in micro_batches(episodes, cfg.micro_tokens):
             (-token_logprobs(policy, batch).sum()).backward()
     cuda = policy.device.type == "cuda"
     rate = matrix_rate(policy, 8192 if cuda else 1024)
     tokens = sum(len(episode.token_ids) for episode in episodes)
     median = {side: statistics.median(seconds for seconds, _ in runs[side]) for side in sides}
-    print(f"{cfg.base} on {policy.device}, {torch.get_num_threads()} threads, {len(episodes)} rollouts, {tokens} tokens; "
-          f"{flops.get_total_flops() / 1e9:.1f} GFLOP in matrices and attention, matrix products at {rate / 1e9:.0f} GFLOP/s\n")
+    print(
+        f"{cfg.base} on {policy.device}, {torch.get_num_threads()} threads, {len(episodes)} rollouts, {tokens} tokens; "
+        f"{flops.get_total_flops() / 1e9:.1f} GFLOP in matrices and attention, matrix products at {rate / 1e9:.0f} GFLOP/s\n"
+    )
     print("| side | padding | tokens/s | seconds | ratio | of the matrix rate | gradient off by | peak GB |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for side in sides:
         read = tokens
         if side == "baseline":
-            read = sum(len(batch) * max(len(e.token_ids) for e in batch) for batch in in_order(episodes, cfg.micro_tokens))
-        off = norm([a - b for a, b in zip(found[side], found["baseline"]) if a is not None]) / norm(found["baseline"])
-        print(f"| {side} | {1 - tokens / read:.1%} | {tokens / median[side]:,.0f} | {median[side]:.2f} | "
-              f"{median['baseline'] / median[side]:.2f} | {flops.get_total_flops() / median[side] / rate:.0%} | {off:.1e} | "
-              f"{runs[side][0][1]} |")
+            read = sum(
+                len(batch) * max(len(e.token_ids) for e in batch)
+                for batch in in_order(episodes, cfg.micro_tokens)
+            )
+        off = norm([a - b for a, b in zip(found[side], found["baseline"]) if a is not None]) / norm(
+            found["baseline"]
+        )
+        print(
+            f"| {side} | {1 - tokens / read:.1%} | {tokens / median[side]:,.0f} | {median[side]:.2f} | "
+            f"{median['baseline'] / median[side]:.2f} | {flops.get_total_flops() / median[side] / rate:.0%} | {off:.1e} | "
+            f"{runs[side][0][1]} |"
+        )
 
 
 def resident_gb() -> float:
@@ -147,15 +176,31 @@ def memory(cfg: Config) -> None:
     seen, log = [], train_rl.log
     train_rl.log = lambda out, metrics: seen.append(resident_gb()) or log(out, metrics)
     with tempfile.TemporaryDirectory() as out:
-        train_rl.main(train_rl.Config(init=Path(cfg.base), out=Path(out) / "rl", steps=cfg.memory_steps, questions=4, group_size=4,
-                                      max_rounds=1, show_every=10**6, save_every=50, device=cfg.device))
+        train_rl.main(
+            train_rl.Config(
+                init=Path(cfg.base),
+                out=Path(out) / "rl",
+                steps=cfg.memory_steps,
+                questions=4,
+                group_size=4,
+                max_rounds=1,
+                show_every=10**6,
+                save_every=50,
+                device=cfg.device,
+            )
+        )
     part = max(1, len(seen) // 20)
-    means = [statistics.fmean(seen[i:i + part]) for i in range(0, len(seen), part)]
+    means = [statistics.fmean(seen[i : i + part]) for i in range(0, len(seen), part)]
     print("\nresident memory, GB, by steps")
     for i, mean in enumerate(means):
-        print(f"{i * part + 1:4d} - {min(len(seen), (i + 1) * part):4d}  {mean:.3f}  " + "#" * round(50 * mean / max(means)))
+        print(
+            f"{i * part + 1:4d} - {min(len(seen), (i + 1) * part):4d}  {mean:.3f}  "
+            + "#" * round(50 * mean / max(means))
+        )
     third = len(seen) // 3
-    print(f"first third after the start {statistics.fmean(seen[part:third]):.3f}, last third {statistics.fmean(seen[-third:]):.3f}")
+    print(
+        f"first third after the start {statistics.fmean(seen[part:third]):.3f}, last third {statistics.fmean(seen[-third:]):.3f}"
+    )
 
 
 def main(cfg: Config) -> None:

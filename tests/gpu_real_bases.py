@@ -8,6 +8,7 @@ nothing that is an action, so three things are put in their mouth: the end of a 
 so that log-probs agree), every message but the last is taken for a crop, and every second episode is rewarded.
 Without a GPU it says so and exits 0.
 """
+
 import dataclasses
 import gc
 import math
@@ -32,13 +33,13 @@ from env import Answer, Crop, CropEnv, format_action  # noqa: E402
 @dataclasses.dataclass(frozen=True)
 class Config:
     presets: tuple[str, ...] = ("qwen3b", "qwen7b")
-    base: str | None = None            # in place of random:PRESET
+    base: str | None = None  # in place of random:PRESET
     device: str = "cuda"
-    pixels: int = 1_000_000            # of each view
-    turns: int = 6                     # in RL
-    group_size: int = 8                # in RL
+    pixels: int = 1_000_000  # of each view
+    turns: int = 6  # in RL
+    group_size: int = 8  # in RL
     eval_turns: int = 32
-    turn_tokens: int = 100             # sampled per turn, on average
+    turn_tokens: int = 100  # sampled per turn, on average
 
 
 class Talkative(CropEnv):
@@ -80,7 +81,7 @@ def instrument(cfg: Config, phases: Phases) -> None:
     def loaded(*args, **kwargs):
         policy = load(*args, **kwargs)
         head = policy.base.get_output_embeddings().weight
-        spread = float(head.float().norm(dim=1).mean())          # standard deviation of a logit
+        spread = float(head.float().norm(dim=1).mean())  # standard deviation of a logit
         policy.banned[policy.im_end] = math.log(len(head) / cfg.turn_tokens) + spread**2 / 2
         return policy
 
@@ -109,18 +110,49 @@ def measure(cfg: Config, preset: str, folder: Path, phases: Phases) -> None:
     views = dict(device=cfg.device, min_pixels=cfg.pixels, max_pixels=cfg.pixels)
     length = 10 * cfg.turn_tokens
     phases.enter("SFT load")
-    sft = dataclasses.replace(train_sft.PRESETS[preset], base=cfg.base or f"random:{preset}", out=folder / "sft", steps=2,
-                              batch=4, max_turns=cfg.turns, **views)
+    sft = dataclasses.replace(
+        train_sft.PRESETS[preset],
+        base=cfg.base or f"random:{preset}",
+        out=folder / "sft",
+        steps=2,
+        batch=4,
+        max_turns=cfg.turns,
+        **views,
+    )
     train_sft.main(sft)
     phases.enter("RL load")
-    train_rl.main(dataclasses.replace(
-        train_rl.PRESETS[preset], init=sft.out, out=folder / "rl", steps=2, questions=2, updates=1, max_turns=cfg.turns,
-        group_size=cfg.group_size, max_turn_tokens=length, **views))
+    train_rl.main(
+        dataclasses.replace(
+            train_rl.PRESETS[preset],
+            init=sft.out,
+            out=folder / "rl",
+            steps=2,
+            questions=2,
+            updates=1,
+            max_turns=cfg.turns,
+            group_size=cfg.group_size,
+            max_turn_tokens=length,
+            **views,
+        )
+    )
     phases.enter("evaluation load")
     slots = eval_script.PRESETS[preset].slots
-    eval_script.main(eval_script.Config(
-        init=folder / "rl", out=folder / "eval", count=1, samples=slots, slots=slots, turn_limits=(cfg.eval_turns,), quantize=sft.quantize,
-        max_context=1 << 17, max_turn_tokens=length, shown=1, device=cfg.device, max_pixels=(cfg.pixels,)))
+    eval_script.main(
+        eval_script.Config(
+            init=folder / "rl",
+            out=folder / "eval",
+            count=1,
+            samples=slots,
+            slots=slots,
+            turn_limits=(cfg.eval_turns,),
+            quantize=sft.quantize,
+            max_context=1 << 17,
+            max_turn_tokens=length,
+            shown=1,
+            device=cfg.device,
+            max_pixels=(cfg.pixels,),
+        )
+    )
     phases.enter("end")
 
 
@@ -140,10 +172,14 @@ def main(cfg: Config) -> None:
         for name, (seconds, tokens, sampled, peak) in phases.rows.items():
             if tokens:
                 name = f"{cfg.base or f'random:{preset}'}, {train_sft.PRESETS[preset].quantize or 'bf16'}, {name}"
-                table.append(f"| {name} | {peak:.1f} | {tokens / seconds:,.0f} | {sampled / seconds:,.0f} | {seconds:.1f} |")
+                table.append(
+                    f"| {name} | {peak:.1f} | {tokens / seconds:,.0f} | {sampled / seconds:,.0f} | {seconds:.1f} |"
+                )
     machine = torch.cuda.get_device_name() if cfg.device == "cuda" else f"{platform.machine()} CPU"
-    print(f"\n{machine}, torch {torch.__version__}; views of {cfg.pixels:,} pixels, {cfg.turns} turns in training, "
-          f"{cfg.eval_turns} in evaluation, groups of {cfg.group_size}\n")
+    print(
+        f"\n{machine}, torch {torch.__version__}; views of {cfg.pixels:,} pixels, {cfg.turns} turns in training, "
+        f"{cfg.eval_turns} in evaluation, groups of {cfg.group_size}\n"
+    )
     print("| base, type, phase | peak GB | tokens/s | sampled tokens/s | s |\n|---|--:|--:|--:|--:|")
     print("\n".join(table))
 

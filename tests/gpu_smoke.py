@@ -4,6 +4,7 @@
 
 Also compares log-probs of rollout and training on the GPU. Without a GPU it says so and exits 0.
 """
+
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,15 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass(frozen=True)
 class Config:
-    steps: int | None = None           # of SFT and of RL; default: the full default run
-    count: int = 400                   # probes in the evaluation
+    steps: int | None = None  # of SFT and of RL; default: the full default run
+    count: int = 400  # probes in the evaluation
 
 
 def timed(name: str, *command: str) -> None:
     began = time.time()
-    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], "--device", "cuda"], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *command[1:], "--device", "cuda"], check=True, cwd=ROOT
+    )
     print(f"{name:10s} {time.time() - began:7.1f} s", flush=True)
 
 
@@ -35,12 +38,18 @@ def agreement(directory: Path) -> float:
     import data
     from model import load_policy, token_logprobs
     from rollout import rollout
+
     policy = load_policy(str(directory), device="cuda")
     stream = data.probe_stream(data.PROBE_KINDS, ("hard",), 7)
-    episodes = rollout(policy, [next(stream) for _ in range(16)], group_size=4, max_turns=6, max_turn_tokens=64)
+    episodes = rollout(
+        policy, [next(stream) for _ in range(16)], group_size=4, max_turns=6, max_turn_tokens=64
+    )
     with torch.no_grad():
         now = token_logprobs(policy, episodes).cpu()
-    return max(float((now[i, :len(e.logprobs)] - torch.from_numpy(e.logprobs)).abs().max()) for i, e in enumerate(episodes))
+    return max(
+        float((now[i, : len(e.logprobs)] - torch.from_numpy(e.logprobs)).abs().max())
+        for i, e in enumerate(episodes)
+    )
 
 
 def main(cfg: Config) -> None:

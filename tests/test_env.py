@@ -248,7 +248,7 @@ BAD = {  # one message for each code that costs a turn
 
 def test_the_stops_and_the_codes_are_those_of_the_table():
     codes, table = env_module.ERROR_CODES, env_module.__doc__
-    assert codes == ("no_action", *BAD) and all(re.search(rf" {code}\)?$", table, re.M) for code in codes)
+    assert codes == ("no_action", *BAD) and all(re.search(rf" {code}( |$)", table, re.M) for code in codes)
     assert env_module.OVER_TURN == ("turn_limit", "image_limit", "context_limit")
     assert env_module.STOPS == ("answer", *env_module.OVER_TURN, "void")
     assert all(f'"{stop}"' in table for stop in env_module.STOPS) and env_module.CALL_ERRORS == codes[4:]
