@@ -13,14 +13,16 @@ takes its place. Same weights, alternating in one process, medians after a warm-
     $ python bench/bench_rollout.py --turns 6 --batch 16 --repeats 2    # --base DIR: another policy than tiny
 """
 
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -166,6 +168,7 @@ def play_with_rollout(
     return episodes, counts
 
 
+COLUMNS = {"prefill": ",", "images": ",", "seconds": ".2f", "ratio": ".2f", "peak_gb": ".2f"}
 SIDES = {"generate": play_with_generate, "rollout": play_with_rollout}
 
 
@@ -193,39 +196,44 @@ def wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def time_call(call) -> tuple[float, float, object]:
-    """(seconds, peak GB, what it returned)."""
+def time_call(call: Callable, *args, **kwargs) -> tuple[float, float, Any]:
+    """Calls. (seconds, peak GB, what it returned)."""
     wait_for_gpu()
     reset_peak()
     began = time.perf_counter()
-    result = call()
+    result = call(*args, **kwargs)
     wait_for_gpu()
     return time.perf_counter() - began, read_peak(), result
 
 
-def compare(policy: Policy, turns: int, batch: int, group_size: int, repeats: int) -> list[dict]:
-    """A row per side. Where memory runs out, its numbers are None."""
-    cell = 48 if policy.protocol.max_pixels < 100_000 else 170  # pixels; a photograph of a megapixel
-    probes = [make_probe("attribute", "hard", seed, cell=cell) for seed in range(max(1, batch // group_size))]
+def compare(
+    policy: Policy, turns: int, batch: int, group_size: int, repeats: int, sides: dict[str, Callable] = SIDES
+) -> list[dict]:
+    """A row per side, `ratio` against the first of them. Where memory runs out, its numbers are None.
+
+    first: seconds of the warm-up.
+    """
+    cell = 48 if policy.protocol.max_pixels < 100_000 else 170  # pixels; 170: a photograph of a megapixel
+    questions = max(1, batch // group_size)
+    probes = [make_probe("attribute", "hard", seed, cell=cell) for seed in range(questions)]
     scripts = [write_script(policy, number, turns) for number in range(batch)]
-    runs: dict[str, list] = {side: [] for side in SIDES}
-    for repeat in tqdm(range(repeats + 1), desc=f"{turns} turns, {batch} episodes", leave=False):
-        for side, play in SIDES.items():  # alternating
+    runs: dict[str, list] = {side: [] for side in sides}
+    for _ in tqdm(range(repeats + 1), desc=f"{turns} turns, {batch} episodes", leave=False):
+        for side, play in sides.items():  # alternating
             try:
-                run = time_call(lambda play=play: play(policy, probes, scripts, turns)[1])
+                seconds, peak, (_, counts) = time_call(play, policy, probes, scripts, turns)
+                runs[side].append({"seconds": seconds, "peak_gb": peak, **counts})
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                run = None
-            runs[side] += [run] if repeat else []  # the first is a warm-up
+                continue
     rows = []
-    for side in SIDES:
-        row = {"turns": turns, "episodes": batch, "side": side, "prefill": None, "images": None}
-        row |= {"seconds": None, "ratio": None, "peak_gb": None}
-        if all(runs[side]):
-            row |= runs[side][0][2] | {"seconds": statistics.median(run[0] for run in runs[side])}
-            row["peak_gb"] = max(run[1] for run in runs[side])
-            base = rows[0]["seconds"] if rows else row["seconds"]
-            row["ratio"] = base and base / row["seconds"]
+    for side, (first, *measured) in ((side, runs[side] or [{}]) for side in sides):
+        row = {"turns": turns, "episodes": batch, "side": side, **dict.fromkeys(COLUMNS)}
+        if len(measured) == repeats:
+            row |= first | {"first": first["seconds"]}
+            row["seconds"] = statistics.median(run["seconds"] for run in measured)
+            row["peak_gb"] = max(run["peak_gb"] for run in measured)
+            other = rows[0]["seconds"] if rows else row["seconds"]
+            row["ratio"] = other and other / row["seconds"]
         rows.append(row)
     return rows
 
@@ -237,12 +245,11 @@ def main(cfg: Config) -> None:
     print(f"{cfg.base} on {place}, {torch.get_num_threads()} threads, medians of {cfg.repeats}\n")
     print("| turns | episodes | side | prefill tokens | images encoded | seconds | ratio | peak GB |")
     print("|--:|--:|---|--:|--:|--:|--:|--:|")
-    formats = {"prefill": ",", "images": ",", "seconds": ".2f", "ratio": ".2f", "peak_gb": ".2f"}
-    for turns in cfg.turns:
-        for batch in cfg.batch:
-            for row in compare(policy, turns, batch, min(cfg.group_size, batch), cfg.repeats):
-                cells = ["-" if v is None else format(v, formats.get(k, "")) for k, v in row.items()]
-                print(f"| {' | '.join(cells)} |", flush=True)
+    for turns, batch in itertools.product(cfg.turns, cfg.batch):
+        for row in compare(policy, turns, batch, min(cfg.group_size, batch), cfg.repeats):
+            cells = [str(row[key]) for key in ("turns", "episodes", "side")]
+            cells += ["-" if row[key] is None else format(row[key], COLUMNS[key]) for key in COLUMNS]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def compare_speed(cfg: Config) -> bool:
     for repeat in tqdm(range(cfg.repeats + 1), leave=False):
         for side, train in SIDES.items():  # alternating
             policy.model.zero_grad()
-            run = time_call(lambda train=train: train(policy, episodes, cfg.micro_tokens))
+            run = time_call(train, policy, episodes, cfg.micro_tokens)
             runs[side] += [run] if repeat else []  # the first is a warm-up
             gradients[side] = torch.cat([weight.grad.flatten() for weight in weights])
     tokens = sum(len(episode.token_ids) for episode in episodes)

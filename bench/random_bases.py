@@ -21,7 +21,7 @@ import tyro
 
 from model import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_PAD, VISION_START, byte_tokenizer
 
-# The numbers are those of config.json of Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen/Qwen3-VL-4B-Instruct.
+# The numbers: config.json of Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct and Qwen/Qwen3-VL-4B-Instruct.
 # A test compares the parameter counts with those published.
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 ROPE_QWEN3 = {"rope_theta": 5e6, "mrope_interleaved": True, "mrope_section": [24, 20, 20]}

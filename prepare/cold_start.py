@@ -125,7 +125,7 @@ def main(cfg: Config) -> None:
     report["turns"] = dict(sorted(Counter(len(row["texts"]) for row in kept).items()))  # of those kept
     write_atomic(cfg.out / "report.json", json.dumps(report, indent=1).encode())
     print(*(f"{name:12s}{report[name]}" for name in ("played", "acceptance", "outcomes", "turns")), sep="\n")
-    print(f"{len(kept)} searches in {cfg.out}; next: python train_sft.py --data {cfg.out}")
+    print(f"{len(kept)} searches in {cfg.out}; next: python train_sft.py qwen7b --data {cfg.out}")
 
 
 if __name__ == "__main__":

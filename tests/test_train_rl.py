@@ -41,17 +41,13 @@ def near(*values, abs=1e-5):
 # ---------------------------------------------------------------------------------------------- advantages
 
 
-def test_group_advantages_by_hand():
+def test_group_advantages_by_hand_with_eps_added_to_the_std():
     """Rewards 1 1 0 0 0 0 0 0: mean 1/4, unbiased variance (2 (3/4)^2 + 6 (1/4)^2) / 7 = 3/14, std 0.4629."""
     rewards = f64([1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1])
     first, second = group_advantages(rewards).tolist()
     assert first == near([1.620185] * 2 + [-0.540062] * 6)  # 0.75 / 0.46291, -0.25 / 0.46291
     assert second == near([-0.353553] * 7 + [2.474874])  # std sqrt(1/8) = 0.353553
-
-
-def test_eps_is_added_to_the_std():
-    """Rewards 1 0: mean 0.5, std sqrt(0.5) = 0.707107; with eps = 1 the advantages are -+0.5 / 1.707107."""
-    assert group_advantages(f64([1, 0]), eps=1.0).tolist()[0] == near([0.292893, -0.292893])
+    assert group_advantages(f64([1, 0]), eps=1.0).tolist()[0] == near([0.292893, -0.292893])  # 0.5 / 1.707107
 
 
 def test_equal_rewards_give_exact_zeros_even_where_their_mean_is_rounded():
@@ -60,7 +56,7 @@ def test_equal_rewards_give_exact_zeros_even_where_their_mean_is_rounded():
     assert group_advantages(rewards, eps=0.0).tolist() == [[0.0] * 7] * 3  # not 0 / 0
 
 
-def test_completed_advantages_by_hand():
+def test_completed_advantages_by_hand_and_the_inputs_stay_what_they_were():
     """Completed rewards 1 0 0: mean 1/3, unbiased std 0.57735 -> 1.1547, -0.57735 twice; over-turn rows 0."""
     rewards = f64([1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0])
     over_turn = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool()
@@ -68,12 +64,7 @@ def test_completed_advantages_by_hand():
     assert rows[0] == near([1.154699, -0.577349, -0.577349, 0.0])
     assert rows[1:] == [[0.0] * 4] * 3  # equal among the completed; one completed; none completed
     assert group_advantages(rewards)[0].tolist() == near([1.5, -0.5, -0.5, -0.5])  # not the same
-
-
-def test_advantages_change_none_of_their_inputs():
-    rewards, over_turn = f64([1, 0, 0, 0]), torch.tensor([[False, False, False, True]])
-    group_advantages(rewards), train_rl.completed_advantages(rewards, over_turn)
-    assert rewards.tolist() == [[1, 0, 0, 0]] and over_turn.tolist() == [[False, False, False, True]]
+    assert rewards.sum(1).tolist() == [1, 2, 1, 0] and over_turn.sum(1).tolist() == [1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------------------------------------- the loss
@@ -341,8 +332,8 @@ def test_updates_take_every_other_question_and_have_a_denominator_each(train, in
     monkeypatch.setattr(train_rl, "micro_batches", lambda episodes, _: [episodes])
     (row,) = train(questions=4, updates=2)
     assert [(len(call["advantages"]), call["denominator"]) for call in spy] == [(6, 6), (4, 4)]
-    assert [call["on_policy"] for call in spy] == [True, False]
-    assert row["ratio_drift"] < 1e-5  # of the first update alone
+    assert [call["on_policy"] for call in spy] == [True, False]  # the drift is that of the first alone
+    assert row["ratio_drift"] < 1e-5
 
 
 def test_what_an_over_turn_rollout_did_changes_nothing(train, invent, tmp_path):
@@ -374,10 +365,8 @@ def test_a_step_makes_right_answers_likelier_and_moves_the_tower_on_request(trai
 
 
 def test_groups_without_spread_are_dropped_and_refilled(policy, invent):
-    def see(episodes):
-        [e.features.append("what the tower made of it") for e in episodes]
-
-    inventor = invent("R W W W", "W V S W", "R R R R", "W V S W", "R W W W", change=see)
+    groups = ["R W W W", "W V S W", "R R R R", "W V S W", "R W W W"]
+    inventor = invent(*groups, change=lambda episodes: [e.features.append("seen") for e in episodes])
     kept, rolled = gather_groups(small(questions=2, max_rounds=4), policy, 0, [], None)
     assert [len(seeds) for seeds in inventor.asked] == [2, 1, 1, 1]  # as many as are missing
     assert len(set(sum(inventor.asked, []))) == 5  # each time a fresh question
@@ -460,8 +449,7 @@ def test_the_base_judges_with_its_adapters_switched_off(qwen25_dir):
 
     def ask(prompt, model):
         ids, _ = adapted.render([{"role": "user", "content": [{"type": "text", "text": prompt}]}])
-        positions = torch.arange(len(ids)).expand(3, 1, -1)
-        return model(input_ids=torch.tensor([ids]), position_ids=positions)
+        return model(input_ids=torch.tensor([ids]), position_ids=torch.arange(len(ids)).expand(3, 1, -1))
 
     def judge_by_hand():
         scores = [ask(prompt, adapted.model).logits[0, -1].exp() for prompt in prompts]
@@ -484,13 +472,11 @@ def test_the_base_judges_with_its_adapters_switched_off(qwen25_dir):
 
 def test_a_judge_that_cannot_be_asked_is_refused(policy, serve):
     assert open_judge("exact", "", None) is None
-    complaints = {"base": "--judge base: needs the policy here", "exakt": "a server is given as http"}
+    complaints = {"base": "--judge base: this policy has no adapters", "exakt": "a server is given as http"}
     complaints[serve(lambda body: "Sure! yes").url] = "--judge http.* does not say yes or no"
     for name, complaint in complaints.items():
         with pytest.raises(UserError, match=complaint):
-            open_judge(name, "", None)
-    with pytest.raises(UserError, match="--judge base: this policy has no adapters"):
-        open_judge("base", "", policy)
+            open_judge(name, "", policy)
 
 
 def answered(*answers, options=None, gold="red") -> list[Episode]:
@@ -557,8 +543,7 @@ def test_metrics_by_hand(train, invent):
     assert (row["groups/rolled"], row["groups/trained"], row["groups/zero_spread"]) == (2, 1, 1 / 2)
     masks = [e.assistant_mask for e in inventor.played]
     chances = [p for e in inventor.played for p, own in zip(e.logprobs.tolist(), e.assistant_mask) if own]
-    assert row["sampled_tokens"] == len(chances)
-    assert row["nll"] == near(-sum(chances) / len(chances))
+    assert (row["sampled_tokens"], row["nll"]) == near(len(chances), -sum(chances) / len(chances))
     assert row["trained_tokens"] == sum(map(sum, masks[:3]))  # not the search, not the second group
     assert row["clip_fraction"] == 0 and row["grad_norm"] > 0 and row["ratio_drift"] < 1e-5  # on policy
     assert row["time/step"] >= row["time/rollout"] > 0 and row["memory_gb"] > 0
@@ -597,8 +582,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_a_straight_one_bit_for_bit(tra
     assert "stopped after step 2; go on with: " in "".join(capsys.readouterr())
     invent()
     train("broken", steps=3, resume=True, **settings)
-    rows = train("broken", steps=4, resume=True, **settings)  # steps may grow
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    train("broken", steps=4, resume=True, **settings)  # steps may grow
     assert same_run(tmp_path / "straight", tmp_path / "broken")
     with pytest.raises(UserError, match=r"another lr \(0.001, now 0.5\), clip_low \(0.15, now 0.1\)"):
         train("broken", resume=True, lr=0.5, clip_low=0.1, **settings)
@@ -644,15 +628,12 @@ def test_the_real_chain_from_cold_start_to_evaluation(tmp_path):
     options = dict(count=4, turn_limits=(2, 4), shown=2, max_turn_tokens=40)
     eval_script.main(eval_script.Config(init=tmp_path / "rl", out=tmp_path / "eval", **options, **world))
     results = json.loads((tmp_path / "eval/results.json").read_text())
-    assert results["curve"]["4"]["questions"] == 4 and results["by_k"].keys() == {"4"}
-    assert results["stops"]["answer"] > 0
+    assert results["curve"]["4"]["questions"] == 4 and results["stops"]["answer"] > 0
 
 
-CONTRADICTION = "--over_turn zero_reward and --baseline completed contradict each other"
 BAD_FLAGS = {
-    "--over_turn zero_reward --baseline completed": CONTRADICTION,
+    "--over_turn zero_reward --baseline completed": "zero_reward and --baseline completed contradict",
     "--questions 5 --updates 2": "--questions 5 is not a multiple of --updates 2",
-    "--over_turn ignore": "zero_reward",  # the choices are listed
     "--init nowhere": "error: cannot load nowhere",
     "": "error: --init: no policy in runs/sft; train one first: python train_sft.py",
 }
