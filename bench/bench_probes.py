@@ -100,9 +100,8 @@ class OverviewReader:
         self.plates = list_plates(kind)
         known = draw_templates(self.plates, difficulty, (-1, -0.5, 0, 0.5, 1))  # (P, J, D)
         index = {parts: i for i, (parts, _) in enumerate(self.plates)}
-        truth = known[
-            [index[item["parts"]] for probe in training for item in probe.meta["items"]]
-        ]  # (N, J, D)
+        names = (item["parts"] for probe in training for item in probe.meta["items"])
+        truth = known[[index[parts] for parts in names]]  # (N, J, D)
         patches = np.concatenate([self.cut_patches(probe) for probe in training])  # (N, D)
         mean, self.whiten = 0.0, np.eye(patches.shape[1], dtype=np.float32)
         for _ in range(2):  # which offset fits best, what is left over; then again in its metric

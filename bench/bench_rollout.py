@@ -14,6 +14,7 @@ takes its place. Same weights, alternating in one process, medians after a warm-
 """
 
 import itertools
+import re
 import statistics
 import sys
 import time
@@ -26,12 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli
+from common import cli, peak_gb
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 import rollout as rollout_module
 from data import Probe, cell_box, cell_name, make_probe
@@ -91,38 +92,23 @@ def play_with_generate(
 ) -> tuple[list[Episode], dict]:
     """One `generate` per turn over the whole of each conversation. Episodes, and what was read for them."""
     policy.model.eval()
-    size, pad, counts = (
-        len(scripts) // len(probes),
-        policy.tokenizer.pad_token_id,
-        {"prefill": 0, "images": 0},
-    )
-    episodes, views = [], []
-    for number in range(len(scripts)):
-        episodes.append(Episode(probes[number // size]))
-        episodes[-1].begin(policy, policy.protocol.make_env(episodes[-1].probe, turns))
-        views.append(list(episodes[-1].new_views))
+    pad, counts = policy.tokenizer.pad_token_id, {"prefill": 0, "images": 0}
+    episodes = [Episode(probe) for probe in probes for _ in range(len(scripts) // len(probes))]
+    for episode in episodes:
+        episode.begin(policy, policy.protocol.make_env(episode.probe, turns))
+    views = [list(episode.new_views) for episode in episodes]
     for turn in range(turns):  # all scripts have as many messages
         said = [script[turn] for script in scripts]
         length = max(len(e.token_ids) for e in episodes)
         ids = [[pad] * (length - len(e.token_ids)) + e.token_ids for e in episodes]
         ids = torch.tensor(ids, device=policy.device)  # (B, T)
         shown = [view for row in views for view in row]
+        inputs = {"attention_mask": (ids != pad).long(), **policy.process_views(shown)}
+        inputs["mm_token_type_ids"] = (ids == policy.image_pad).int()
+        say = SayScript(said, length, policy.im_end)
+        options = {"logits_processor": [say], "max_new_tokens": max(map(len, said)), "do_sample": True}
         with use_plain_layers(policy):
-            policy.base.generate(
-                input_ids=ids,
-                attention_mask=(ids != pad).long(),
-                mm_token_type_ids=(ids == policy.image_pad).int(),
-                **policy.process_views(shown),
-                logits_processor=LogitsProcessorList([SayScript(said, length, policy.im_end)]),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=max(map(len, said)),
-                eos_token_id=policy.im_end,
-                pad_token_id=pad,
-            )
+            policy.base.generate(ids, **inputs, **options, eos_token_id=policy.im_end, pad_token_id=pad)
         counts["prefill"] += sum(len(e.token_ids) for e in episodes)
         counts["images"] += len(shown)
         for episode, message, row in zip(episodes, said, views):
@@ -147,9 +133,8 @@ def play_with_rollout(
     def say_script(logprobs, stream, temperature):
         sample(logprobs, [0.5] * len(stream), temperature)  # what it costs is part of the rollout
         tokens = np.array(stream, np.int64)  # 0 where a row waits
-        return tokens, logprobs.gather(1, torch.from_numpy(tokens).to(logprobs.device)[:, None])[
-            :, 0
-        ].tolist()
+        index = torch.from_numpy(tokens).to(logprobs.device)[:, None]
+        return tokens, logprobs.gather(1, index)[:, 0].tolist()
 
     def count(wave, ids, positions, real, features):
         counts["prefill"] += int(real.sum()) if ids.shape[1] > 1 else 0
@@ -177,32 +162,26 @@ SIDES = {"generate": play_with_generate, "rollout": play_with_rollout}
 
 def reset_peak() -> None:
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from now
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
 
 
 def read_peak() -> float:
-    """Most memory in GB since reset_peak."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), 0.0)
-
-
-def wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Most memory in GB since reset_peak; elsewhere than on Linux and a GPU, since the process started."""
+    if torch.cuda.is_available() or sys.platform != "linux":
+        return peak_gb()
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
 def time_call(call: Callable, *args, **kwargs) -> tuple[float, float, Any]:
     """Calls. (seconds, peak GB, what it returned)."""
-    wait_for_gpu()
     reset_peak()
     began = time.perf_counter()
     result = call(*args, **kwargs)
-    wait_for_gpu()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began, read_peak(), result
 
 

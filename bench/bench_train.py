@@ -12,6 +12,7 @@ process; medians after a warm-up.
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import train_rl
@@ -37,35 +39,31 @@ class Config:
     base: str = "runs/sft"  # what load_policy takes
     questions: int = 12  # Q, of one optimizer step
     group_size: int = 8  # G
-    max_turns: int = 6
-    max_turn_tokens: int = 48
     micro_tokens: int = 4096  # tokens per forward
     repeats: int = 5  # runs of each side; a warm-up comes on top
     memory_steps: int = 0  # steps of GRPO whose resident memory is plotted
     lora_rank: int = 0  # adapters of this rank on the language model, all else frozen
     quantize: str | None = None  # "nf4": the language model in 4 bits
     device: str | None = None  # default: cuda if there is one
-    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
-    max_pixels: int | None = None  # likewise
 
 
-# ------------------------------------------------------------------------------------------ the baseline
+SIDES = ("plain", "images encoded again", "as in train_rl.py")
+
+
+# ------------------------------------------------------------------------------------------ the sides
 
 
 def plain_logprobs(policy: Policy, episodes: list[Episode]) -> Tensor:
     """(B, T) as token_logprobs, with (B, T, V) logits on the way."""
     pixels = policy.process_views([view for episode in episodes for view in episode.views()])
     grids = iter(pixels["image_grid_thw"].tolist())
-
-    def pad(rows: list[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)
-
-    places = [mrope_positions(e.token_ids, grids, policy.image_pad, policy.merge)[0] for e in episodes]
-    positions = pad([torch.from_numpy(place).T for place in places]).permute(2, 0, 1)  # (3, B, T)
-    ids, mask = (
-        pad([torch.from_numpy(getattr(episode, name)) for episode in episodes])
-        for name in ("token_ids", "assistant_mask")
-    )  # (B, T) each
+    places = [mrope_positions(e.token_ids, grids, policy.image_pad, policy.merge)[0].T for e in episodes]
+    columns = places, [e.token_ids for e in episodes], [e.assistant_mask for e in episodes]
+    positions, ids, mask = (
+        pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(policy.device)
+        for rows in columns
+    )  # (B, T, 3), (B, T), (B, T)
+    positions = positions.permute(2, 0, 1)  # (3, B, T)
     logits = policy.base(input_ids=ids, position_ids=positions, use_cache=False, **pixels).logits.float()
     logprobs = F.log_softmax(logits[:, :-1] + policy.banned, -1)  # (B, T - 1, V)
     chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
@@ -83,26 +81,15 @@ def split_in_order(episodes: list[Episode], budget: int) -> list[list[Episode]]:
     return batches
 
 
-def train_plainly(policy: Policy, episodes: list[Episode], budget: int) -> None:
-    with use_plain_layers(policy):
-        for batch in split_in_order(episodes, budget):
-            (-plain_logprobs(policy, batch).sum() / len(episodes)).backward()
-
-
-def train_as_we_do(policy: Policy, episodes: list[Episode], budget: int) -> None:
-    for batch in micro_batches(episodes, budget):
-        (-token_logprobs(policy, batch).sum() / len(episodes)).backward()
-
-
-def train_without_features(policy: Policy, episodes: list[Episode], budget: int) -> None:
-    train_as_we_do(policy, [replace(episode, features=[]) for episode in episodes], budget)
-
-
-SIDES = {
-    "plain": train_plainly,
-    "as in train_rl.py, images encoded again": train_without_features,
-    "as in train_rl.py": train_as_we_do,
-}
+def train(policy: Policy, episodes: list[Episode], budget: int, side: str) -> None:
+    """Adds the gradient of the mean log-probability of the rollouts."""
+    plain = side == "plain"
+    if side == "images encoded again":
+        episodes = [replace(episode, features=[]) for episode in episodes]
+    with use_plain_layers(policy) if plain else nullcontext():
+        for batch in (split_in_order if plain else micro_batches)(episodes, budget):
+            logprobs = (plain_logprobs if plain else token_logprobs)(policy, batch)
+            (-logprobs.sum() / len(episodes)).backward()
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -118,9 +105,9 @@ def compare_speed(cfg: Config) -> bool:
     episodes = rollout(policy, probes, **rollout_flags(cfg), keep_features=True)
     runs, gradients = {side: [] for side in SIDES}, {}
     for repeat in tqdm(range(cfg.repeats + 1), leave=False):
-        for side, train in SIDES.items():  # alternating
+        for side in SIDES:  # alternating
             policy.model.zero_grad()
-            run = time_call(train, policy, episodes, cfg.micro_tokens)
+            run = time_call(train, policy, episodes, cfg.micro_tokens, side)
             runs[side] += [run] if repeat else []  # the first is a warm-up
             gradients[side] = torch.cat([weight.grad.flatten() for weight in weights])
     tokens = sum(len(episode.token_ids) for episode in episodes)

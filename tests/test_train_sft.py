@@ -47,7 +47,7 @@ def batches(policy):
 
 
 def naive_loss(policy, episodes) -> torch.Tensor:
-    """Cross-entropy over assistant tokens, one row at a time, with all logits of transformers' own forward."""
+    """Cross-entropy over assistant tokens, row by row, with the logits of transformers' own forward."""
     total, count = 0.0, 0
     for episode in episodes:
         pixels = policy.process_views(episode.views())
