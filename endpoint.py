@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from common import UserError
 
 import httpx2  # comes with huggingface_hub
-from huggingface_hub.utils import HfHubHTTPError, hf_raise_for_status, http_backoff
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import hf_raise_for_status, http_backoff
 from tqdm import tqdm
 
 from data import Probe
@@ -49,34 +50,34 @@ class Endpoint:
             raise UserError(f"a server is given as http://HOST:PORT/v1, with its key in {self.key}")
 
     def __call__(self, messages: list[dict], **options) -> str:
-        key = os.environ.get(self.key, "").strip()
-        body = {
-            "model": self.model,
-            "messages": [encode_message(m) for m in messages],
-            "top_p": 1.0,
-            **options,
+        key, where = os.environ.get(self.key, "").strip(), f"{self.url}, model {self.model}"
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{self.key}: a key is one line of ASCII text")
+        body = {"model": self.model, "messages": [encode_message(m) for m in messages], "top_p": 1.0}
+        options = {
+            "json": body | options,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "follow_redirects": False,  # a redirect might carry the key elsewhere
         }
-        url, headers = (
-            f"{self.url.rstrip('/')}/chat/completions",
-            {"Authorization": f"Bearer {key}"} if key else {},
-        )
+        url = f"{self.url.rstrip('/')}/chat/completions"
         try:
-            reply = http_backoff(
-                "POST", url, json=body, headers=headers, timeout=self.timeout, max_retries=self.retries
-            )
+            reply = http_backoff("POST", url, timeout=self.timeout, max_retries=self.retries, **options)
             hf_raise_for_status(reply)
+            choice = reply.json()["choices"][0]
+            cut, content = choice["finish_reason"] == "length", choice["message"]["content"] or ""
         except HfHubHTTPError as error:
             status, text = error.response.status_code, error.response.text[:200]
             kind = RefusedRequest if status in (400, 413, 422) else UserError
             told = text.replace(key, "***") if key else text
-            raise kind(f"{self.url}, model {self.model}: HTTP {status}, {told!r}") from None
+            raise kind(f"{where}: HTTP {status}, {told!r}") from None
+        except OfflineModeIsEnabled:
+            raise UserError(f"{where}: HF_HUB_OFFLINE forbids requests to any server; unset it") from None
         except httpx2.HTTPError as error:
-            raise UserError(f"{self.url}: {type(error).__name__}, {error}") from None
-        choice = reply.json()["choices"][0]
-        if choice["finish_reason"] == "length":  # a message that is cut is void, as in a rollout
-            return ""
-        content = choice["message"]["content"] or ""
-        return content.encode(errors="replace").decode()  # no half surrogate pairs
+            raise UserError(f"{where}: {type(error).__name__}, {error}") from None
+        except (ValueError, LookupError):
+            raise UserError(f"{where}: the reply is no chat completion") from None
+        # A message that is cut is void, as in a rollout. Half surrogate pairs are replaced.
+        return "" if cut else content.encode(errors="replace").decode()
 
 
 def encode_message(message: dict) -> dict:
