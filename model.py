@@ -294,11 +294,11 @@ class Policy:
             return []
         pixels = self.process_views(views)
         output = self.base.model.get_image_features(**pixels, return_dict=True)
-        deepstack = getattr(output, "deepstack_features", None) or []
-        layers = [torch.cat(tuple(output.pooler_output)), *deepstack]
+        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+        joint = torch.cat([torch.cat(tuple(images)) for images in layers], -1)  # (tokens of all, (1 + L) D)
         grids = [tuple(grid) for grid in pixels["image_grid_thw"].tolist()]
         counts = [math.prod(grid) // self.merge**2 for grid in grids]
-        return list(zip(grids, torch.cat(layers, -1).split(counts)))
+        return list(zip(grids, joint.split(counts)))
 
     def image_kwargs(self, features: list[tuple[Grid, Tensor]]) -> dict:
         """Arguments of the model that put the features of all images of a batch at their tokens, in order."""

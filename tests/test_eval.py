@@ -32,7 +32,7 @@ from PIL import Image
 import eval as eval_script
 import rollout as rollout_module
 from data import DIGITS, Probe, save_probes
-from env import Crop, format_action
+from env import Crop, fit_pixels, format_action
 from eval import ANSWER_NOW, correct_within, mean_and_error, summarise, take_likeliest_answer, write_page
 from model import token_logprobs
 from rollout import Episode, replay, rollout
@@ -71,8 +71,7 @@ def test_the_curve_and_the_shares_by_hand():
     rows += [episode(6, 1.0, **many), episode(6, 0.0, **many)]
     rows += [episode(2, 0.0, stop="void", **other), episode(5, 1.0, **other)]
     results = summarise(rows, 2, (2, 4, 6))
-    accuracy = {limit: row["accuracy"] for limit, row in results["curve"].items()}
-    assert accuracy == {"2": 0.125, "4": 0.375, "6": 0.625}
+    assert [row["accuracy"] for row in results["curve"].values()] == [0.125, 0.375, 0.625]
     assert results["curve"]["4"]["error"] == pytest.approx(np.std([0.5, 1, 0, 0], ddof=1) / 2)
     stops = {"answer": 6 / 8, "turn_limit": 1 / 8, "void": 1 / 8, "image_limit": 0, "context_limit": 0}
     assert results["stops"] == stops and results["errors"]["bad_box"] == 2 / 8
@@ -85,18 +84,16 @@ def test_the_curve_and_the_shares_by_hand():
 
 def test_rows_with_the_same_cycle_of_are_one_question():
     """Question a: 3 of its 4 orders right; b: 1 of 4. Mean 1/2, std sqrt(1/8), error 1/4."""
-    right = {("a", 0), ("a", 1), ("a", 2), ("b", 0)}
-    orders = [(question, order) for order in range(4) for question in "ab"]
-    rows = [episode(2, float(o in right), stop="answer", meta={"cycle_of": o[0]}) for o in orders]
-    row = {"accuracy": 0.5, "error": pytest.approx(0.25), "questions": 2}
-    assert summarise(rows, 1, (4,))["curve"]["4"] == row
+    right = ("a0", "a1", "a2", "b0")
+    rows = [episode(2, f"{q}{i}" in right, meta={"cycle_of": q}) for i in range(4) for q in "ab"]
+    row = summarise(rows, 1, (4,))["curve"]["4"]
+    assert row == {"accuracy": 0.5, "error": pytest.approx(0.25), "questions": 2}
 
 
 def test_unjudged_episodes_count_nowhere_but_as_unjudged():
     """Question 1: right and unjudged; question 2: unjudged twice; question 3: wrong and right: 1 and 1/2."""
-    answer = {"turns": 1, "stop": "answer"}
-    right, wrong, open = ({"reward": 1.0}, {"reward": 0.0}, {"reward": 0.0, "judged": False})
-    rows = [episode(**answer, **told) for told in (right, open, open, open, wrong, right)]
+    told = [(1.0, True), *[(0.0, False)] * 3, (0.0, True), (1.0, True)]
+    rows = [episode(1, reward, stop="answer", judged=judged) for reward, judged in told]
     results = summarise(rows, 2, (2,))
     assert (results["curve"]["2"]["accuracy"], results["curve"]["2"]["questions"]) == (0.75, 2)
     assert results["unjudged"] == 3 and results["stops"]["answer"] == 1
@@ -113,14 +110,13 @@ def checkers(side: int = 96) -> Image.Image:
 
 
 def say(monkeypatch, policy, *texts: str) -> None:
-    """Every row of a rollout says these messages, in order; a message ends with its closing tag."""
+    """The one row of a rollout says these messages, in order; a message ends with its closing tag."""
     ids = iter([token for text in texts for token in policy.encode(text)])
-    said = lambda logprobs, *_: (np.full(len(logprobs), next(ids)), [0.0] * len(logprobs))  # noqa: E731
-    monkeypatch.setattr(rollout_module, "sample_tokens", said)
+    monkeypatch.setattr(rollout_module, "sample_tokens", lambda *_: (np.array([next(ids)]), [0.0]))
 
 
-def images_of(page: str) -> list[np.ndarray]:
-    found = map(base64.b64decode, re.findall(r'base64,([^"]+)', page))
+def images_of(page: Path) -> list[np.ndarray]:
+    found = map(base64.b64decode, re.findall(r'base64,([^"]+)', page.read_text()))
     return [np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), int) for png in found]
 
 
@@ -132,7 +128,7 @@ def test_each_control_hides_what_it_should(saved, policy, tmp_path, monkeypatch,
     code, _, error = play(monkeypatch, saved, tmp_path, "--data", tmp_path / "set", "--control", control)
     results = json.loads((tmp_path / "results.json").read_text())
     assert (code, results["control"], results["stops"]["answer"]) == (0, control, 1.0), error
-    picture, crop = images_of((tmp_path / "trajectories.html").read_text())  # 96 pixels, and a crop of 48
+    picture, crop = images_of(tmp_path / "trajectories.html")  # 96 pixels, and a crop of 48
     below, grey = picture[200:, 200:], {"blind": [128], "black_crop": [0]}  # below the frame that is drawn
     assert (below.std() > 30) == (control in ("none", "black_crop"))
     assert (crop.std() > 30) == (control == "none")
@@ -142,8 +138,7 @@ def test_each_control_hides_what_it_should(saved, policy, tmp_path, monkeypatch,
 def test_an_overview_is_no_finer_than_the_view_but_shows_the_same(policy):
     probe = Probe(noise(288, 288), "?", "4")
     shown = eval_script.hide_image(probe, "overview", policy).open()
-    sizes = policy.protocol.min_pixels, policy.protocol.max_pixels
-    first, again = (np.asarray(eval_script.fit_pixels(image, *sizes), int) for image in (probe.image, shown))
+    first, again = (np.asarray(fit_pixels(image, 48 * 48, 48 * 48), int) for image in (probe.image, shown))
     assert shown.size == (288, 288) and np.abs(first - again).mean() < 12 < first.std()
     assert eval_script.hide_image(probe, "black_crop", policy) is probe  # read from disk when it is played
 
@@ -162,9 +157,8 @@ def test_a_control_takes_the_likeliest_of_the_possible_answers(policy, monkeypat
     assert told.reward == float(told.answer == "7") and len(told.views()) == 2
     assert policy.decode(told.token_ids).endswith(f"{ANSWER_NOW}{told.answer}</answer>")
     assert take_likeliest_answer(policy, forced, 3) is forced  # it ended before its last message
-    unknown = Probe(checkers(), "?", "red")
-    choice = Probe(checkers(), "?", "B", options={"A": "red", "B": "blue"})
-    for probe, answers in ((unknown, {"nonsense"}), (choice, {"A", "B"})):
+    for options, answers in ((None, {"nonsense"}), ({"A": "red", "B": "blue"}, {"A", "B"})):
+        probe = Probe(checkers(), "?", "B", options)
         say(monkeypatch, policy, "nonsense</answer>")
         (forced,) = rollout(policy, [probe], max_turns=1, force_answer=ANSWER_NOW)
         assert take_likeliest_answer(policy, forced, 1).answer in answers
@@ -186,10 +180,9 @@ def test_each_message_stands_beside_the_view_that_it_got(policy):
     """A crop that failed got no view; the view belongs to the crop that worked."""
     bad = LOOK.replace("original_image", "observation_7")
     e = replay(policy, Probe(checkers(), "?", "red"), [bad, LOOK, bad, "<answer>red</answer>"])
-    page = write_page([e])
+    page, row = write_page([e]), json.loads(json.dumps(eval_script.make_row(e)))
     assert ["<img" in item for item in re.findall(r"<li>(.*?)</li>", page)] == [False, True, False, False]
     assert "correct (stop: answer, 4 turns)" in page
-    row = json.loads(json.dumps(eval_script.make_row(e)))
     assert row["crops"] == [{"box": [0.0, 0.0, 0.5, 0.5], "source": 0}] and row["messages"] == e.texts
     assert (row["prediction"], row["reward"], row["errors"]) == ("red", 1.0, ["bad_source"] * 2)
 
@@ -223,7 +216,7 @@ def test_all_files_are_written_and_parse(saved, tmp_path, monkeypatch):
     assert (results["label"], results["probes"], results["samples"]) == (saved.name, 2, 2)
     assert len(rows) == 4 and rows[0]["seed"] == rows[1]["seed"] != rows[2]["seed"]
     assert Image.open(out / "curve.png").width > 300
-    assert (out / "trajectories.html").read_text().count("<section>") == 3
+    assert len(re.findall("<section>", (out / "trajectories.html").read_text())) == 3
     files = [".lock", "curve.png", "episodes.jsonl", "results.json", "trajectories.html"]
     assert sorted(path.name for path in out.iterdir()) == files
     assert said[0].startswith("turn limit") and said[-1].startswith("4 episodes")
@@ -250,16 +243,15 @@ def curve(*accuracies: float) -> dict:
 
 
 def test_against_draws_every_curve_with_its_label(saved, tmp_path, monkeypatch):
-    figures, others = [], {"mask": curve(0.5, 0.75, 0.875), "mine": curve(0.25)}
-    for name, row in others.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps({"label": name, "curve": row}))
+    where, figures = [tmp_path / "mask", tmp_path / "mine"], []
+    for other, row in zip(where, (curve(0.5, 0.75, 0.875), curve(0.25))):
+        other.mkdir()
+        (other / "results.json").write_text(json.dumps({"label": other.name, "curve": row}))
     monkeypatch.setattr(eval_script.pyplot, "close", figures.append)
-    where = [tmp_path / name for name in others]
     assert play(monkeypatch, saved, tmp_path / "out", "--label", "mine", "--against", *where)[0] == 0
     (axes,) = figures[0].axes
-    labels = ["mine", "mask", f"mine ({tmp_path / 'mine'})"]  # the same label hides nothing
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["mine", "mask", f"mine ({where[1]})"]  # the same label hides nothing
     assert [round(tick) for tick in axes.get_xticks()] == [1, 2, 4, 6]
     drawn = [line.get_ydata().tolist() for line in axes.get_lines() if line.get_marker() == "o"]
     assert drawn[1:] == [[50.0, 75.0, 87.5], [25.0]]
@@ -277,8 +269,7 @@ def say_number(body: dict) -> str:
 @pytest.fixture
 def served(serve, tmp_path, monkeypatch):
     """served(*flags): eval.py on a set of three questions, whose policy is say_number behind a server."""
-    categories = [{"category": name} for name in "aab"]
-    probes = [Probe(checkers(96 + i), f"Number {i}?", str(i), meta=m) for i, m in enumerate(categories)]
+    probes = [Probe(checkers(), f"Number {i}?", str(i), meta={"category": "aab"[i]}) for i in range(3)]
     save_probes(probes, tmp_path / "set")
     server = serve(say_number)
     where = ["--data", tmp_path / "set", "--count", 3, "--endpoint", server.url, "--model", "served"]
@@ -293,10 +284,9 @@ def served(serve, tmp_path, monkeypatch):
 
 def test_a_policy_behind_a_server_fills_the_same_table(served, tmp_path):
     server, said, results, rows = served("--samples", 2, "--turn_limits", 4, 1, 2, "--temperature", 0.7)
-    assert (results["label"], results["init"]) == ("served", server.url)
-    accuracy = {"1": pytest.approx(1 / 3), "2": pytest.approx(1 / 3), "4": pytest.approx(2 / 3)}
-    assert {limit: row["accuracy"] for limit, row in results["curve"].items()} == accuracy
-    assert results["errors"]["bad_source"] == pytest.approx(1 / 3)
+    about = results["label"], results["init"], results["errors"]["bad_source"]
+    assert about == ("served", server.url, 1 / 3)
+    assert [row["accuracy"] for row in results["curve"].values()] == [1 / 3, 1 / 3, 2 / 3]
     assert [row["prediction"] for row in rows] == ["0", "0", "1", "1", "3", "3"]
     assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0.7, 6)}
     for section in (tmp_path / "out/trajectories.html").read_text().split("<section>")[1:]:
@@ -336,7 +326,8 @@ MISTAKES = {
 def test_mistakes_of_users_are_told(saved, tmp_path, monkeypatch, flags):
     code, _, error = play(monkeypatch, saved, tmp_path / "out", *flags.split())
     assert code == 2 and not (tmp_path / "out").exists()
-    assert error[0].endswith(MISTAKES[flags]) or MISTAKES[flags] in " ".join(" ".join(error).split())
+    assert MISTAKES[flags] in " ".join(" ".join(error).split())
+    assert len(error) == 1 or not error[0].startswith("error")  # tyro explains with more lines
 
 
 def test_the_first_word_chooses_a_preset(monkeypatch):

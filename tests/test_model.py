@@ -381,8 +381,8 @@ def test_weights_that_are_missing_are_refused(lora, tmp_path):
 
 
 def make_optimizer(policy: Policy, **flags) -> torch.optim.Optimizer:
-    cfg = Config(**{"lr": 0.01, "out": Path("unused"), **flags})
-    return common.make_optimizer(policy, cfg, betas=(0.8, 0.9), weight_decay=0.3)
+    cfg = Config(**{"lr": 0.01, "weight_decay": 0.3, "out": Path("unused"), **flags})
+    return common.make_optimizer(policy, cfg, betas=(0.8, 0.9))
 
 
 @pytest.mark.usefixtures("four_bit_paths")
