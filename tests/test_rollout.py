@@ -423,7 +423,7 @@ def test_a_message_that_is_cut_is_void_whatever_is_in_it(ragged):
 def test_a_prompt_beyond_the_context_is_refused(policy):
     length = int(np.argmax(replay(policy, PROBES[0], ["no"]).assistant_mask))
     assert len(rollout(policy, PROBES[:1], max_context=length, max_turn_tokens=2)) == 1
-    with pytest.raises(UserError, match=f"a prompt of {length} tokens exceeds --max_context {length - 1}"):
+    with pytest.raises(UserError, match=f"a prompt of {length} tokens exceeds max_context={length - 1}"):
         rollout(policy, PROBES[:1], max_context=length - 1)
 
 
