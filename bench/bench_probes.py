@@ -170,10 +170,8 @@ def normalise(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-3)
 
 
-def make_readers(
-    kind: str, difficulty: str, training: list[data.Probe]
-) -> dict[str, Callable[[data.Probe], str]]:
-    """The five columns of the table: probe -> answer."""
+def make_readers(kind: str, difficulty: str, training: list[data.Probe]) -> dict[str, Callable]:
+    """The five columns of the table: each a function, probe -> answer."""
     habit: dict[str, Counter] = {}  # question -> its answers in the training probes
     for probe in training:
         habit.setdefault(probe.question, Counter())[probe.answer] += 1

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,8 +51,7 @@ class Config:
     repeats: int = 3  # runs of each side; a warm-up comes on top
     quantize: str | None = None  # "nf4": the language model in 4 bits
     device: str | None = None  # default: cuda if there is one
-    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
-    max_pixels: int | None = None  # likewise
+    max_pixels: int | None = None  # of a view, width * height; default: the policy's own
 
 
 def write_script(policy: Policy, number: int, turns: int) -> list[tuple[int, ...]]:
@@ -141,16 +141,10 @@ def play_with_rollout(
         counts["images"] += len(features)
         return forward(wave, ids, positions, real, features)
 
-    kept = {name: getattr(rollout_module, name) for name in ("random", "sample_tokens")}
-    vars(rollout_module).update(random=SimpleNamespace(Random=open_stream), sample_tokens=say_script)
-    Wave.forward = count
-    try:
-        options = {"group_size": len(scripts) // len(probes), "wave_size": len(scripts), "max_turns": turns}
-        episodes = rollout(policy, probes, **options, max_context=1 << 30, compile=compile)
-    finally:
-        vars(rollout_module).update(kept)
-        Wave.forward = forward
-    return episodes, counts
+    options = {"group_size": len(scripts) // len(probes), "wave_size": len(scripts), "max_turns": turns}
+    given = {"random": SimpleNamespace(Random=open_stream), "sample_tokens": say_script}
+    with mock.patch.multiple(rollout_module, **given), mock.patch.object(Wave, "forward", count):
+        return rollout(policy, probes, **options, max_context=1 << 30, compile=compile), counts
 
 
 COLUMNS = {"prefill": ",", "images": ",", "seconds": ".2f", "ratio": ".2f", "peak_gb": ".2f"}

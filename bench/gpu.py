@@ -49,24 +49,20 @@ from env import Answer, Crop, CropEnv, format_action
 from model import Policy, load_policy, token_logprobs
 from rollout import rollout
 
-# sft, rl, eval: changes to the default run, and to the presets. turn_tokens: sampled per turn, on average.
-# pixels: of a view in training and evaluation, and in the last two parts.
-FULL = {"default": {"sft": {}, "rl": {}, "eval": {}}, "probes": 16, "pixels": (1_000_000, 500_000)}
-FULL["preset"] = {"sft": {"steps": 2, "batch": 8}, "rl": {"steps": 2, "questions": 2}}
-FULL["preset"]["eval"] = {"count": 1, "samples": 4, "shown": 1, "turn_limits": (32,)}
-FULL |= {
-    "rollouts": (("tiny", 6, 64), ("tiny", 32, 64), ("qwen3b", 6, 16), ("qwen3b", 32, 4)),
-    "turn_tokens": 50,
-}
+# default, preset: what is changed in the default run, and in the presets. turn_tokens: sampled per turn, on
+# average. pixels: of a view, with the presets and in the last two parts. rollouts: base, turns, episodes.
+FULL = SimpleNamespace(probes=16, pixels=(1_000_000, 500_000), turn_tokens=50)
+FULL.rollouts = (("tiny", 6, 64), ("tiny", 32, 64), ("qwen3b", 6, 16), ("qwen3b", 32, 4))
+FULL.default = {"sft": {}, "rl": {}, "eval": {}}
+FULL.preset = {"sft": {"steps": 2, "batch": 8}, "rl": {"steps": 2, "questions": 2}}
+FULL.preset["eval"] = {"count": 1, "samples": 4, "shown": 1, "turn_limits": (32,)}
 EASY = {"kinds": ("sign",), "difficulties": ("easy",)}
-TOY = {"probes": 2, "pixels": (3136, 3136), "turn_tokens": 3, "rollouts": (("tiny", 2, 2),)}
-TOY["preset"] = {
-    "sft": {"steps": 2, "batch": 1, "max_turns": 4, **EASY},
-    "eval": {"count": 1, "turn_limits": (2,)},
-}
-TOY["preset"]["rl"] = {"steps": 2, "questions": 2, "group_size": 2, "max_turns": 2, **EASY}
-TOY["default"] = {"sft": {**TOY["preset"]["sft"], "warmup_steps": 1, "warmup_batch": 2}}
-TOY["default"] |= {"rl": {**TOY["preset"]["rl"], "steps": 1}, "eval": TOY["preset"]["eval"]}
+TOY = SimpleNamespace(probes=2, pixels=(3136, 3136), turn_tokens=3)
+TOY.rollouts = (("tiny", 2, 2), ("qwen3b", 2, 2))
+TOY.preset = {"sft": {"steps": 2, "warmup_steps": 0, "batch": 1, "max_turns": 4, **EASY}}
+TOY.preset["rl"] = {"steps": 2, "questions": 2, "group_size": 2, "max_turns": 2, **EASY}
+TOY.preset["eval"] = {"count": 1, "turn_limits": (2,)}
+TOY.default = TOY.preset
 COLUMNS = {"seconds": ".1f", "tokens_per_second": ",.0f", "ratio": ".2f", "peak_gb": ".1f", "note": ""}
 
 
@@ -220,32 +216,28 @@ def instrument(report: Report, turn_tokens: int) -> None:
 
 
 def measure_sides(cfg: Config, sizes: SimpleNamespace, report: Report, sides: dict[str, Callable]) -> None:
-    for name, turns, batch in sizes.rollouts:
-        what = f"{name}, {turns} turns, {batch} episodes"
-        views = {} if name == "tiny" else dict.fromkeys(("min_pixels", "max_pixels"), sizes.pixels[1])
+    def measure(what: str, base: str, turns: int, batch: int) -> None:
+        views = {} if base == "tiny" else dict.fromkeys(("min_pixels", "max_pixels"), sizes.pixels[1])
+        policy = load_policy(find_base(cfg, base), device=cfg.device, **views)
+        for row in compare(policy, turns, batch, min(8, batch), 1, sides):
+            note = "out of memory"
+            if row["seconds"]:
+                note = f"{row['prefill']:,} prefill tokens; first run {row['first']:.1f} s"
+            cells = {key: row[key] for key in ("seconds", "ratio", "peak_gb")}
+            report.add(f"{what}: {row['side']}", **cells, note=note)
 
-        def measure(name=name, turns=turns, batch=batch, what=what, views=views) -> None:
-            policy = load_policy(find_base(cfg, name), device=cfg.device, **views)
-            for row in compare(policy, turns, batch, min(8, batch), 1, sides):
-                note = "out of memory"
-                if row["seconds"]:
-                    note = f"{row['prefill']:,} prefill tokens; first run {row['first']:.1f} s"
-                cells = {key: row[key] for key in ("seconds", "ratio", "peak_gb")}
-                report.add(f"{what}: {row['side']}", **cells, note=note)
-
-        report.attempt(what, measure)
-
-
-def measure_compile(cfg: Config, sizes: SimpleNamespace, report: Report) -> None:
-    compiled = functools.partial(play_with_rollout, compile=True)
-    measure_sides(cfg, sizes, report, {"plain": play_with_rollout, "--compile": compiled})
+    for base, turns, batch in sizes.rollouts:
+        what = f"{base}, {turns} turns, {batch} episodes"
+        report.attempt(what, measure, what, base, turns, batch)
 
 
 # ------------------------------------------------------------------------------------------ the command
 
 
+COMPILED = {"plain": play_with_rollout, "--compile": functools.partial(play_with_rollout, compile=True)}
 PARTS = {"smoke": measure_default_run, "qwen3b": measure_base, "qwen7b": measure_base}
-PARTS |= {"rollout": functools.partial(measure_sides, sides=SIDES), "compile": measure_compile}
+PARTS["rollout"] = functools.partial(measure_sides, sides=SIDES)
+PARTS["compile"] = functools.partial(measure_sides, sides=COMPILED)
 
 
 def print_table(results: dict) -> None:
@@ -266,7 +258,7 @@ def main(cfg: Config) -> None:
         return
     if cfg.part:
         report = Report(cfg)
-        PARTS[cfg.part](cfg, SimpleNamespace(**(TOY if cfg.toy else FULL)), report)
+        PARTS[cfg.part](cfg, TOY if cfg.toy else FULL, report)
         report.write(done=True)
         return
     for name in cfg.only or PARTS:

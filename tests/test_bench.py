@@ -33,7 +33,7 @@ def toy_run(tmp_path_factory) -> tuple[gpu.Config, str]:
 def test_gpu_runs_all_its_parts(toy_run):
     cfg, printed = toy_run
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert [name for name in dict.fromkeys(row[0] for row in rows)] == list(gpu.PARTS)
+    assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS)
     assert "Error" not in printed and "failed" not in printed
     measured = {(row[0], row[1]) for row in rows}
     for preset in ("qwen3b", "qwen7b"):
@@ -49,7 +49,11 @@ def test_gpu_goes_on_part_by_part(toy_run, monkeypatch, capsys):
     results["rollout"]["done"] = False
     common.write_atomic(cfg.out, json.dumps(results).encode())
     started = []
-    run = lambda command, timeout: started.append(command[-1]) or subprocess.CompletedProcess(command, 0)  # noqa: E731
+
+    def run(command, timeout):
+        started.append(command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
     monkeypatch.setattr(gpu.subprocess, "run", run)
     gpu.main(cfg)
     assert started == ["rollout"]
