@@ -30,7 +30,6 @@ class Config:
     out: Path = Path("docs/search.png")
     looks: int = 5  # crops of the search to show
     seed: int = 5  # of the probes
-    tries: int = 64  # probes to play
 
 
 def draw_strip(episode: Episode) -> Image.Image:
@@ -40,13 +39,11 @@ def draw_strip(episode: Episode) -> Image.Image:
     strip = Image.new("RGB", (width, SIDE + 4 * GAP + 40), "white")
     draw = ImageDraw.Draw(strip)
     draw.text((GAP, GAP), f"{probe.question}  It answers: {episode.answer}.", "black", font_size=20)
-    top = 40 + GAP
-    overview = views[0].resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    captions = ("the picture, with its looks", "what it is given: 48 x 48 pixels")
-    for place, (picture, caption) in enumerate(zip((draw_search(episode, SIDE), overview), captions)):
-        left = GAP + place * (SIDE + GAP)
-        strip.paste(picture, (left, top))
-        draw.text((left, top + SIDE + 4), caption, "black", font_size=13)
+    top, left = 40 + GAP, GAP
+    strip.paste(draw_search(episode, SIDE), (left, top))
+    left += SIDE + GAP
+    strip.paste(views[0].resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
+    draw.text((left, top + SIDE + 4), "what the policy is given: 48 x 48 pixels", "black", font_size=13)
     left += SIDE + GAP
     thoughts = [re.sub("<[^>]*>", "", text.partition("</think>")[0]) for text in episode.texts[1:]]
     for number, (view, thought) in enumerate(zip(views[1:], thoughts), 1):
@@ -60,16 +57,14 @@ def draw_strip(episode: Episode) -> Image.Image:
 def main(cfg: Config) -> None:
     policy = load_policy(str(cfg.init))
     stream = probe_stream(PROBE_KINDS, ("hard",), cfg.seed)
-    probes = [next(stream) for _ in range(cfg.tries)]
-    episodes = rollout(policy, probes, max_turns=32, max_turn_tokens=48, seed=cfg.seed)
-    found = [e for e in episodes if e.reward and len(e.crops) == cfg.looks]
-    if not found:
-        raise UserError(
-            f"no right search with {cfg.looks} crops among {cfg.tries} probes; try another --seed"
-        )
-    with replacing(cfg.out) as temporary:
-        draw_strip(found[0]).save(temporary)
-    print(f"{cfg.out}: {found[0].probe.question} {found[0].answer}")
+    probes = [next(stream) for _ in range(64)]
+    for episode in rollout(policy, probes, max_turns=32, max_turn_tokens=48, seed=cfg.seed):
+        if episode.reward and len(episode.crops) == cfg.looks:
+            with replacing(cfg.out) as temporary:
+                draw_strip(episode).save(temporary)
+            print(f"{cfg.out}: {episode.probe.question} {episode.answer}")
+            return
+    raise UserError(f"no right search with {cfg.looks} crops among {len(probes)} probes; try another --seed")
 
 
 if __name__ == "__main__":
