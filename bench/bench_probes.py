@@ -218,9 +218,8 @@ def main(cfg: Config) -> None:
             if difficulty == "hard" and not good:
                 failed.append(f"{kind} {name} {100 * share:.1f}")
         print(row, flush=True)
-    print("the gate holds" if not failed else "the gate fails: " + ", ".join(failed))
-    if cfg.check and failed:
-        sys.exit(1)
+    print("the gate fails: " + ", ".join(failed) if failed else "the gate holds")
+    sys.exit(int(cfg.check and bool(failed)))
 
 
 if __name__ == "__main__":

@@ -58,12 +58,9 @@ def plain_logprobs(policy: Policy, episodes: list[Episode]) -> Tensor:
     pixels = policy.process_views([view for episode in episodes for view in episode.views()])
     grids = iter(pixels["image_grid_thw"].tolist())
     places = [mrope_positions(e.token_ids, grids, policy.image_pad, policy.merge)[0].T for e in episodes]
-    columns = places, [e.token_ids for e in episodes], [e.assistant_mask for e in episodes]
-    positions, ids, mask = (
-        pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(policy.device)
-        for rows in columns
-    )  # (B, T, 3), (B, T), (B, T)
-    positions = positions.permute(2, 0, 1)  # (3, B, T)
+    positions = pad_sequence([torch.from_numpy(place) for place in places], batch_first=True)  # (B, T, 3)
+    positions = positions.permute(2, 0, 1).to(policy.device)  # (3, B, T)
+    ids, mask = (train_rl.pad(episodes, name, policy.device) for name in ("token_ids", "assistant_mask"))
     logits = policy.base(input_ids=ids, position_ids=positions, use_cache=False, **pixels).logits.float()
     logprobs = F.log_softmax(logits[:, :-1] + policy.banned, -1)  # (B, T - 1, V)
     chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
@@ -116,14 +113,13 @@ def compare_speed(cfg: Config) -> bool:
     print(f"{cfg.base} on {policy.device}, {torch.get_num_threads()} threads: {len(episodes)} rollouts")
     print(f"{tokens:,} tokens; padding adds {padded / tokens - 1:.0%} to the baseline\n")
     print("| side | tokens/s | seconds | ratio | gradient off by | peak GB |\n|---|--:|--:|--:|--:|--:|")
-    plain, median = gradients["plain"], {}
-    for side in SIDES:
-        median[side] = statistics.median(run[0] for run in runs[side])
+    plain, worst = gradients["plain"], 0.0
+    median = {side: statistics.median(run[0] for run in runs[side]) for side in SIDES}
+    for side, seconds in median.items():
         off = float((gradients[side] - plain).norm() / plain.norm())
-        peak, ratio = max(run[1] for run in runs[side]), median["plain"] / median[side]
-        speed = tokens / median[side]
-        print(f"| {side} | {speed:,.0f} | {median[side]:.2f} | {ratio:.2f} | {off:.0e} | {peak:.2f} |")
-    return off < (1e-3 if policy.base.dtype == torch.float32 else 0.1)  # bf16 has 8 bits
+        peak, ratio, worst = max(run[1] for run in runs[side]), median["plain"] / seconds, max(worst, off)
+        print(f"| {side} | {tokens / seconds:,.0f} | {seconds:.2f} | {ratio:.2f} | {off:.0e} | {peak:.2f} |")
+    return worst < (1e-3 if policy.base.dtype == torch.float32 else 0.1)  # bf16 has 8 bits
 
 
 def read_resident_gb() -> float:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,13 +94,12 @@ class Report:
         common.write_atomic(self.cfg.out, json.dumps(results, indent=1).encode())
 
     def attempt(self, what: str, call: Callable, *args) -> bool:
-        """Calls. False for a failure, which becomes the note of a row."""
+        """Calls. False when memory runs out, which becomes the note of a row."""
         try:
             call(*args)
             return True
-        except Exception as error:
-            traceback.print_exc()
-            self.add(what, note=f"{type(error).__name__}: {error}"[:60].partition("\n")[0])
+        except torch.OutOfMemoryError:
+            self.add(what, note="out of memory")
             return False
         finally:
             gc.collect()
