@@ -64,15 +64,9 @@ def make_config(base: str) -> transformers.PreTrainedConfig:
         vision |= dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, fullatt_block_indexes=[1])
     ids = {token: first + number for number, token in enumerate(SPECIAL)}
     text |= dict(bos_token_id=first, eos_token_id=ids[IM_END], pad_token_id=first)
-    return family(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=base != "qwen7b",
-        image_token_id=ids[IMAGE_PAD],
-        video_token_id=ids[VIDEO_PAD],
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
-    )
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    named = {name: ids[token] for name, token in zip(names, (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD))}
+    return family(text_config=text, vision_config=vision, tie_word_embeddings=base != "qwen7b", **named)
 
 
 def make_model(config: transformers.PreTrainedConfig, device: str) -> transformers.PreTrainedModel:
@@ -96,15 +90,12 @@ def make_tokenizer(config: transformers.PreTrainedConfig) -> transformers.PreTra
 def make_image_processor(config: transformers.PreTrainedConfig) -> transformers.BaseImageProcessor:
     """preprocessor_config.json of the two families."""
     sizes = {"patch_size": config.vision_config.patch_size, "merge_size": 2, "temporal_patch_size": 2}
-    limits = {"min_pixels": 3136, "max_pixels": 12_845_056}
+    limits, colors = (3136, 12_845_056), {}
     if sizes["patch_size"] == 16:
-        limits = {
-            "min_pixels": 65_536,
-            "max_pixels": 16_777_216,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        }
-    return transformers.Qwen2VLImageProcessorPil(**sizes, **limits)
+        limits, colors = (65_536, 16_777_216), {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return transformers.Qwen2VLImageProcessorPil(
+        **sizes, **colors, min_pixels=limits[0], max_pixels=limits[1]
+    )
 
 
 def save_base(base: str, out: Path, device: str) -> None:
