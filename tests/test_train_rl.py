@@ -1,4 +1,4 @@
-"""Tests of train_rl.py: the maths by hand, the over-turn mask, judges, a step, resumed runs, the whole chain."""
+"""Tests of train_rl.py: the maths by hand, the over-turn mask, judges, a step, resumed runs, the chain."""
 
 import inspect
 import json
