@@ -67,8 +67,8 @@ def test_a_message_that_was_cut_is_void(serve):
 
 SECRET, SILENT = {"error": "no secret"}, {"choices": [{"message": {"content": None}}]}
 FAILURES = [(400, SECRET, RefusedRequest, 1), (401, SECRET, UserError, 1), (500, SECRET, UserError, 3)]
-FAILURES += [(307, b"secret", UserError, 1)]  # a redirect might carry the key elsewhere
-FAILURES += [(200, b"<html>", UserError, 1), (200, SILENT, UserError, 1)]
+# A redirect might carry the key elsewhere.
+FAILURES += [(307, b"secret", UserError, 1), (200, b"<html>", UserError, 1), (200, SILENT, UserError, 1)]
 
 
 @pytest.mark.parametrize("status, content, kind, attempts", FAILURES)
