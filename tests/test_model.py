@@ -1,6 +1,37 @@
 """Tests of model.py and of make_optimizer: tokens, positions, attention, log-probs, files. No network.
 
 A saved directory is opened with Qwen2VLImageProcessorPil: AutoProcessor needs torchvision, which we do not.
+
+Lines that were flipped, each with the test that then failed:
+    encode               control tokens in text are encoded as such    any_text_decodes_back_and_never_...
+    render               texts encoded one by one                      neighbouring_texts_are_encoded_as_...
+    render               no new line behind end-of-turn                a_conversation_has_the_layout_of_...
+    mrope_positions      start + h * w                                 positions_equal_those_of_...
+    attend_in_windows    windows come back in another order            ragged_views_are_seen_as_by_...
+    encode_views         no deepstack features                         the same
+    attend_in_episodes   episodes see those before them                packed_log_probs_equal_a_forward_...
+    image_kwargs         layers, or images, in another order           the same
+    token_logprobs       a token predicts itself, not the next         the same
+    vocabulary_logprobs  no banned tokens, no padding, no temperature  the same
+    mask interface       not registered                                a_mask_of_padding_is_heeded
+    token_logprobs       given features are ignored                    visual_features_that_are_given_...
+    token_logprobs       hidden states detached, chunks cut apart      chunks_of_log_probs_and_activations_...
+    micro_batches        no single long episode, the shortest first    micro_batches_are_as_few_as_will_do_...
+    save                 the folder inside stays                       the_tiny_policy_follows_the_seed_...
+    tiny_model           its own seed                                  the same
+    load_policy          the base's protocol before the adapter's      the_wording_comes_from_files_or_the_...
+    read_prompt          utf-8, or strip                               the same
+    add_adapters         saved dropout, not trainable, other layers    adapters_train_the_language_model_...
+    add_adapters         adapters of other layers pass                 weights_that_are_missing_are_refused
+    load_weights         missing keys pass                             the same
+    load_weights         the tower, or the head, in 4 bits             only_the_language_model_is_in_four_...
+    load_weights         small, or large, or cpu are not told apart    away_from_the_cpu_large_checkpoints_...
+    load_policy          tiny with adapters, OSError pass              what_cannot_be_loaded_is_one_line
+    change_protocol      0 pixels pass                                 the same
+    model.py             imports peft at the top                       tiny_needs_neither_bitsandbytes_nor_...
+    make_optimizer       no float32, no frozen tower, no betas         without_adapters_weights_are_made_...
+    make_optimizer       4 bits alone pass, no 8-bit Adam              only_the_language_model_is_in_four_...
+    make_optimizer       no checkpointing                              chunks_of_log_probs_and_activations_...
 """
 
 import copy
@@ -387,7 +418,7 @@ def make_optimizer(policy: Policy, **flags) -> torch.optim.Optimizer:
 
 @pytest.mark.usefixtures("four_bit_paths")
 def test_only_the_language_model_is_in_four_bits_and_adapters_on_it_train(base, tmp_path):
-    """Tolerance: 2e-2 on log-probs, since the kernel of some processors computes in bf16."""
+    """Tolerance: 0.2. The kernel of some processors computes in bf16, which moves these log-probs by 0.1."""
     import bitsandbytes
 
     bare = with_protocol(load_policy(base, quantize="nf4", device="cpu"), RAGGED)
@@ -397,18 +428,18 @@ def test_only_the_language_model_is_in_four_bits_and_adapters_on_it_train(base, 
     assert coarse == {name for name in layers if name.startswith("model.language_model.")}
     assert len(coarse) == 2 * 7 and {"lm_head", "model.visual.blocks.0.attn.proj"} <= layers.keys()
     policy = with_protocol(load_policy(base, quantize="nf4", lora_rank=4, device="cpu"), RAGGED)
-    episodes, optimizer = written_episodes(policy), make_optimizer(policy, adam_8bit=True)
+    episodes, optimizer = written_episodes(policy), make_optimizer(policy, adam_8bit=True, lr=0.1)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
     gradients_of(policy, episodes)
     optimizer.step()
     for name, weight in common.trainable_weights(policy.model).items():
-        assert "lora_A" in name or 0.005 < weight.abs().max() < 0.011  # from 0; Adam's first step is lr
+        assert "lora_A" in name or 0.05 < weight.abs().max() < 0.11  # from 0; Adam's first step is lr
     policy.save(tmp_path)
     again, full = load_policy(str(tmp_path), quantize="nf4", device="cpu"), load_policy(base, device="cpu")
     with torch.no_grad():
         ours, loaded, below, fine = (token_logprobs(p, episodes) for p in (policy, again, bare, full))
-    torch.testing.assert_close(loaded, ours, atol=2e-2, rtol=0)
-    assert (ours - below).abs().max() > 0.1 and 0.1 < (below - fine).abs().max() < 10
+    torch.testing.assert_close(loaded, ours, atol=0.2, rtol=0)
+    assert (ours - below).abs().max() > 1 and 0.2 < (below - fine).abs().max() < 10
 
 
 def test_without_adapters_weights_are_made_float32_and_the_tower_may_be_frozen(base):
