@@ -166,7 +166,11 @@ def load_run(out: Path, policy, optimizer: torch.optim.Optimizer) -> int:
     step, metrics = 0, out / "metrics.jsonl"
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", map_location=policy.device, weights_only=True)
-        if state["weights"].keys() != trainable_weights(policy.model).keys():
+        shapes, saved = (
+            {k: w.shape for k, w in weights.items()}
+            for weights in (trainable_weights(policy.model), state["weights"])
+        )
+        if shapes != saved:
             raise UserError(f"--resume: {out / 'state.pt'} is a checkpoint of another policy")
         policy.model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])

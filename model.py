@@ -406,6 +406,11 @@ def load_weights(
     )
     if report["missing_keys"]:
         raise UserError(f"cannot load {name}: it lacks {min(report['missing_keys'])}")
+    for layer in model.modules():
+        # On processors with AVX512-BF16, bitsandbytes packs 4-bit weights at the first rollout, for a kernel
+        # that has no gradient: training would stop, or go on without one.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -95,8 +95,7 @@ def ragged(policy) -> Policy:
 def write_base(directory: Path, family: str, patch_size: int, rope: dict, **vision) -> str:
     """A checkpoint with random weights: two layers, a vocabulary padded as that of a published one.
 
-    Every linear layer reads a multiple of 64 values: where a processor has AVX512-BF16, bitsandbytes has a
-    kernel of its own for such layers in 4 bits, and for no others.
+    Every linear layer reads a multiple of 64 values, the block of bitsandbytes' 4 bits.
     """
     tokenizer = tiny_tokenizer()
     small = {"hidden_size": 64, "intermediate_size": 128}
@@ -133,19 +132,6 @@ def qwen3_dir(tmp_path_factory) -> str:
     torch.manual_seed(2)
     vision = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
     return write_base(tmp_path_factory.mktemp("qwen3"), "Qwen3VL", 16, {"mrope_interleaved": True}, **vision)
-
-
-@pytest.fixture(params=["plain kernel", "bf16 kernel"])
-def four_bit_paths(request, monkeypatch):
-    """Runs a test of 4 bits on each kernel that bitsandbytes may take; the second one computes in bf16."""
-    import bitsandbytes.backends.cpu.ops
-
-    packed = bitsandbytes.functional.has_avx512bf16()
-    if request.param == "bf16 kernel" and not packed:
-        pytest.skip("this processor has no AVX512-BF16")
-    if request.param == "plain kernel" and packed:
-        for module in (bitsandbytes.functional, bitsandbytes.nn.modules, bitsandbytes.backends.cpu.ops):
-            monkeypatch.setattr(module, "has_avx512bf16", lambda: False)
 
 
 # ---------------------------------------------------------------------------------------------- a server

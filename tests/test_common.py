@@ -74,6 +74,9 @@ def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "a.txt"
     common.write_atomic(file, b"one")
+    before = file.stat().st_ino
+    common.write_atomic(file, b"one")
+    assert file.stat().st_ino != before  # a new file took its place, the old one was never open for writing
     with pytest.raises(ZeroDivisionError), common.replacing(file) as temporary:
         temporary.write_bytes(b"tw")
         assert file.read_bytes() == b"one"
@@ -161,6 +164,7 @@ def test_a_resumed_run_is_where_it_stopped_and_later_metrics_are_dropped(tmp_pat
             weights = one.model.weight.detach().clone()
     two = Stand(seed=1)
     assert common.load_run(tmp_path, two, two.optimizer) == 2 and torch.equal(two.model.weight, weights)
+    assert (tmp_path / "model.txt").read_text() == "saved"  # by the policy, in its own layout
     assert read_lines(tmp_path) == [{"step": 1}, {"step": 2}]
     two.step(3)
     assert torch.equal(one.model.weight, two.model.weight)  # the moments of AdamW came back too
@@ -173,11 +177,19 @@ def test_a_run_without_a_checkpoint_starts_again_from_step_0(tmp_path):
 
 
 def test_a_checkpoint_of_another_policy_is_refused(tmp_path):
-    one, two = Stand(), Stand()
+    one, renamed, wider = Stand(), Stand(), Stand(width=4)
     common.save_run(tmp_path, one, one.optimizer, 1)
-    two.model = torch.nn.Sequential(two.model)
-    with pytest.raises(UserError, match="a checkpoint of another policy"):
-        common.load_run(tmp_path, two, two.optimizer)
+    renamed.model = torch.nn.Sequential(renamed.model)
+    for other in (renamed, wider):
+        with pytest.raises(UserError, match="a checkpoint of another policy"):
+            common.load_run(tmp_path, other, other.optimizer)
+
+
+def test_frozen_weights_are_not_in_the_checkpoint(tmp_path):
+    stand = Stand()
+    stand.model.bias.requires_grad_(False)
+    common.save_run(tmp_path, stand, stand.optimizer, 1)
+    assert list(torch.load(tmp_path / "state.pt")["weights"]) == ["weight"]
 
 
 def test_a_crash_in_the_middle_of_saving_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
@@ -208,12 +220,11 @@ def test_the_command_that_resumes_repeats_all_flags(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_for_a_stop_and_the_second_stops(number, capsys):
     stop = common.StopSignal()
-    assert not stop.requested
+    assert signal.getsignal(number) == stop.handle and not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested and "stopping after this step" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), number)
-        signal.pause()
+        stop.handle(number, None)
 
 
 def test_gradients_are_scaled_to_the_limit_by_hand():
@@ -227,6 +238,14 @@ def test_gradients_are_scaled_to_the_limit_by_hand():
     assert common.clip_gradients(optimizer, 1.0) == pytest.approx(
         0.5
     ) and weight.grad.tolist() == pytest.approx([0.3, 0.4])
+
+
+def test_the_limit_is_on_the_norm_over_all_groups_of_weights():
+    one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [one]}, {"params": [two]}], lr=1.0)
+    one.grad, two.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert common.clip_gradients(optimizer, 1.0) == pytest.approx(5.0)
+    assert [one.grad.item(), two.grad.item()] == pytest.approx([0.6, 0.8], abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -57,7 +57,7 @@ import data
 import model as model_module
 from env import Crop, format_action
 from model import SPECIAL_TOKENS, Policy, Protocol, load_policy, micro_batches, tiny_tokenizer, token_logprobs
-from rollout import Episode, replay
+from rollout import Episode, replay, rollout
 from train_sft import Config
 
 PHRASES = [token for token in tiny_tokenizer().get_added_vocab() if token not in SPECIAL_TOKENS]
@@ -416,9 +416,7 @@ def make_optimizer(policy: Policy, **flags) -> torch.optim.Optimizer:
     return common.make_optimizer(policy, cfg, betas=(0.8, 0.9))
 
 
-@pytest.mark.usefixtures("four_bit_paths")
 def test_only_the_language_model_is_in_four_bits_and_adapters_on_it_train(base, tmp_path):
-    """Tolerance: 0.2. The kernel of some processors computes in bf16, which moves these log-probs by 0.1."""
     import bitsandbytes
 
     bare = with_protocol(load_policy(base, quantize="nf4", device="cpu"), RAGGED)
@@ -430,7 +428,11 @@ def test_only_the_language_model_is_in_four_bits_and_adapters_on_it_train(base, 
     policy = with_protocol(load_policy(base, quantize="nf4", lora_rank=4, device="cpu"), RAGGED)
     episodes, optimizer = written_episodes(policy), make_optimizer(policy, adam_8bit=True, lr=0.1)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
-    gradients_of(policy, episodes)
+    before = gradients_of(policy, episodes)
+    rollout(policy, noise_probes((64, 64)), max_turns=1, max_turn_tokens=2)  # in eval mode
+    after = gradients_of(policy, episodes)  # some processors have a kernel for that, without gradients
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=1e-4)
     optimizer.step()
     for name, weight in common.trainable_weights(policy.model).items():
         assert "lora_A" in name or 0.05 < weight.abs().max() < 0.11  # from 0; Adam's first step is lr
@@ -438,7 +440,7 @@ def test_only_the_language_model_is_in_four_bits_and_adapters_on_it_train(base, 
     again, full = load_policy(str(tmp_path), quantize="nf4", device="cpu"), load_policy(base, device="cpu")
     with torch.no_grad():
         ours, loaded, below, fine = (token_logprobs(p, episodes) for p in (policy, again, bare, full))
-    torch.testing.assert_close(loaded, ours, atol=0.2, rtol=0)
+    torch.testing.assert_close(loaded, ours, atol=1e-4, rtol=0)
     assert (ours - below).abs().max() > 1 and 0.2 < (below - fine).abs().max() < 10
 
 
