@@ -30,9 +30,10 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import UserError, cli, write_atomic, write_lines
@@ -47,28 +48,29 @@ PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {  # numbers of look-alikes K, height of a glyph in cells, contrast of the background
     "easy": ((4,), 0.42, 20),
     "medium": ((8,), 0.42, 40),
-    "hard": ((12, 16, 20, 24), 0.42, 60),
+    "hard": ((12, 16), 0.42, 60),
 }
 COLORS = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (236, 190, 20)}
 SHAPES = ("star", "ring", "cross", "triangle", "square", "heart")
 LETTERS = ("A", "C", "H", "K", "T", "X")
 DIGITS = ("2", "4", "7", "9")
 INK = (30, 30, 36)  # letters and digits
+BOARD, RIM = (44, 48, 58), (165, 160, 150)  # what the plates of a region lie on, and its edge
 
 
 @dataclass
 class Probe:
     """One visual-search question.
 
-    image: a PIL image or the path of one. question: text without any image placeholder. answer: the right
-    answer, or the right letter when `options` is {letter: text}; a list means aliases
-    (an empty one: not known). boxes: gold boxes,
-    xyxy relative to the image (width = height = 1), one per look that the answer needs. source: the name of
-    the set, or the probe kind. meta: whatever else is known. For a drawn probe that is the scene (see
-    make_scene); for a row of a cold start, "texts" holds the assistant messages of the search.
+    image: a PIL image or the path of one; None for a scene, which is drawn when it is opened. question: text
+    without any image placeholder. answer: the right answer, or the right letter when `options` is {letter:
+    text}; a list means aliases (an empty one: not known). boxes: gold boxes, xyxy relative to the image
+    (width = height = 1), one per look that the answer needs. source: the name of the set, or the probe
+    kind. meta: whatever else is known: of a drawn probe the scene (see make_scene), of a row of a cold
+    start "texts", the assistant messages of the search.
     """
 
-    image: Image.Image | str | Path
+    image: Image.Image | str | Path | None
     question: str
     answer: str | list[str]
     options: dict[str, str] | None = None
@@ -78,7 +80,9 @@ class Probe:
     meta: dict = field(default_factory=dict)
 
     def open(self) -> Image.Image:
-        """The image as upright RGB. ImageError names the file if it cannot be read."""
+        """The image as upright RGB, drawn if need be. ImageError names the file if it cannot be read."""
+        if self.image is None:
+            return draw_scene(self)
         return self.image if isinstance(self.image, Image.Image) else load_image(self.image)
 
     def prompt(self) -> str:
@@ -95,22 +99,11 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
     if shape == "star":
         spokes = [(i * math.pi / 5, radius) for i, radius in enumerate([0.54, 0.21] * 5)]
         return [(0.5 + r * math.sin(angle), 0.54 - r * math.cos(angle)) for angle, r in spokes]
-    if shape == "cross":
-        a, b = 0.34, 0.66
-        return [
-            (a, 0),
-            (b, 0),
-            (b, a),
-            (1, a),
-            (1, b),
-            (b, b),
-            (b, 1),
-            (a, 1),
-            (a, b),
-            (0, b),
-            (0, a),
-            (a, a),
-        ]
+    if shape == "cross":  # three corners of one arm, and the same turned three times
+        corners = [(0.34, 0), (0.66, 0), (0.66, 0.34)]
+        for _ in range(3):
+            corners += [(1 - y, x) for x, y in corners[-3:]]
+        return corners
     if shape == "triangle":
         return [(0.5, 0.03), (1, 0.95), (0, 0.95)]
     if shape == "heart":
@@ -180,7 +173,7 @@ def _background(
     """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that plates stand out."""
     if photo is None:
         part = Image.fromarray(np.uint8(127.5 + 127.5 * np.clip(_clutter(side // 4, 3, rng), -1, 1)))
-        part = part.resize((side, side), Image.Resampling.BICUBIC)
+        part = part.resize((side, side), Image.Resampling.BILINEAR)
     else:
         share = float(rng.uniform(0.6, 1.0))
         w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
@@ -213,20 +206,25 @@ def _draw_plate(
         image.paste(sprite, tuple(round(v - size / 2) for v in center), sprite)
 
 
-def draw_scene(probe: Probe, backgrounds: list[str] | None = None) -> Image.Image:
+def draw_scene(probe: Probe) -> Image.Image:
     """The picture of a scene: background, plates, uneven light over both."""
     meta = probe.meta
     rng, noise = random.Random(meta["draw_seed"]), np.random.default_rng(meta["draw_seed"])
     _, glyph, contrast = DIFFICULTIES[probe.difficulty]
-    cell, side = meta["cell"], meta["grid"] * meta["cell"]
-    photo = load_image(rng.choice(backgrounds)) if backgrounds else None
+    cell, region = meta["cell"], meta["grid"] * meta["cell"]  # pixels per side
+    side = meta["regions"] * region
+    photo = load_image(meta["photo"]) if meta["photo"] else None
     image = _background(side, contrast, photo, noise)
+    for x, y in sorted({split_cell(item["cell"], meta["grid"])[0] for item in meta["items"]}):
+        inset = rng.uniform(0.05, 0.15) * cell
+        edges = [v * region + d for v, d in zip((x, y, x + 1, y + 1), (inset, inset, -inset, -inset))]
+        ImageDraw.Draw(image).rectangle(edges, fill=BOARD, outline=RIM, width=max(1, cell // 8))
     for item in meta["items"]:
         x, y = ((v + 0.5 + rng.uniform(-0.02, 0.02)) * cell for v in item["cell"])
         _draw_plate(image, item["parts"], x, y, cell, round(glyph * cell), rng.randint(205, 235))
     light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 500
     light = Image.fromarray(np.uint8(255 * np.clip(light, 0, 1)))
-    light = light.resize((side, side), Image.Resampling.BICUBIC)
+    light = light.resize((side, side), Image.Resampling.BILINEAR)
     return ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
 
 
@@ -279,69 +277,91 @@ def _paint_plates(kind: str, count: int, rng: random.Random) -> tuple[str, list[
 
 
 def make_scene(
-    kind: str, difficulty: str, seed: int, *, grid: int = 6, cell: int = 48, candidates: int | None = None
+    kind: str,
+    difficulty: str,
+    seed: int,
+    *,
+    regions: int = 3,
+    grid: int = 6,
+    cell: int = 48,
+    candidates: int | None = None,
+    backgrounds: list[str] | None = None,
 ) -> Probe:
-    """A probe whose image is still to be drawn (draw_scene): cheap, for those who may not need the picture.
+    """A probe that is drawn when it is opened; the arguments are those of make_probe.
 
-    meta: "k", "grid", "cell", "seed", "draw_seed"; "items", one {"cell": (column, row), "parts", "answer",
-    "target"} per plate; "checks" and "reads" say how the target is told from the others and where its
-    answer is.
+    meta: "k", "regions", "grid", "cell", "seed", "draw_seed", "photo" (a path or None); "items", one {"cell":
+    (column, row), "parts", "answer", "target"} per plate, cells being counted over the whole picture;
+    "checks" and "reads" say how the target is told from the others and where its answer is.
     """
     if kind not in PROBE_KINDS or difficulty not in DIFFICULTIES:
         choices = f"{', '.join(PROBE_KINDS)}; {', '.join(DIFFICULTIES)}"
-        raise ValueError(f"no probe of kind {kind!r}, difficulty {difficulty!r}: choose from {choices}")
-    rng = random.Random(f"{kind}/{difficulty}/{seed}/{grid}/{candidates}")  # str seeds hash alike everywhere
+        raise UserError(f"no probe of kind {kind!r}, difficulty {difficulty!r}: choose from {choices}")
+    # str seeds hash alike everywhere
+    rng = random.Random(f"{kind}/{difficulty}/{seed}/{regions}/{grid}/{candidates}")
     count = rng.choice(DIFFICULTIES[difficulty][0]) if candidates is None else candidates
-    if not 0 < count <= grid * grid or (count % 4 and count != 1):
-        raise ValueError(
-            f"{count} look-alikes: needs a multiple of 4 (or 1) that fits a {grid} x {grid} grid"
+    boards = min(regions**2, count, rng.randint(count // 6 + 1, count // 4 + 1))  # regions with plates
+    if not 0 < count <= boards * grid**2 or (count % 4 and count != 1):
+        raise UserError(
+            f"{count} look-alikes: needs a multiple of 4 (or 1) that fits {boards} regions of {grid} x {grid}"
         )
     question, items, checks, reads = _paint_plates(kind, max(count, 4), rng)
     answer = items[0]["answer"]
     if count == 1:  # one plate alone, as often the target as a look-alike: for the warm-up
         items = [items[rng.choice((0, 0, 0, 1, 2, 3))]]
-    cells = rng.sample([(x, y) for y in range(grid) for x in range(grid)], count)
-    for item, place in zip(items, cells):
+    chosen = rng.sample([(x, y) for y in range(regions) for x in range(regions)], boards)
+    cells = [[(grid * x + i, grid * y + j) for j in range(grid) for i in range(grid)] for x, y in chosen]
+    first = [rng.choice(inside) for inside in cells]  # each of these regions holds at least one plate
+    rest = rng.sample(sorted(set().union(*cells) - set(first)), count - boards)
+    places = rng.sample(first + rest, count)
+    for item, place in zip(items, places):
         item["cell"], item["target"] = place, all(item["parts"][i] == name for i, name in checks)
-    meta = {"k": count, "grid": grid, "cell": cell, "seed": seed, "draw_seed": rng.getrandbits(64)}
-    meta |= {"items": items, "checks": checks, "reads": reads}
-    boxes = [cell_box(items[0]["cell"], grid)]
+    meta = {"k": count, "regions": regions, "grid": grid, "cell": cell, "seed": seed}
+    meta |= {"draw_seed": rng.getrandbits(64), "items": items, "checks": checks, "reads": reads}
+    meta["photo"] = rng.choice(backgrounds) if backgrounds else None
+    boxes = [cell_box(items[0]["cell"], regions * grid, decimals=4)]
     return Probe(None, question, answer, boxes=boxes, source=kind, difficulty=difficulty, meta=meta)
 
 
-def make_probe(
-    kind: str, difficulty: str, seed: int, *, backgrounds: list[str] | None = None, **size
-) -> Probe:
+def make_probe(kind: str, difficulty: str, seed: int, **size) -> Probe:
     """Draws one probe. The same arguments give the same probe everywhere (glyph edges vary with FreeType).
 
-    backgrounds: paths of photographs, one of which lies under the plates; None = drawn clutter.
-    size: grid (the image is grid x grid cells, at most one plate in each), cell (pixels per side of a cell),
-    candidates (K, the number of plates; None = drawn from DIFFICULTIES[difficulty]).
-    Raises ValueError for an unknown kind or difficulty, or a K that does not fit.
+    size: regions (the image is regions x regions of them), grid (a region is grid x grid cells, at most one
+    plate in each), cell (pixels per side of a cell), candidates (K, the number of plates; None = drawn from
+    DIFFICULTIES[difficulty]), backgrounds (paths of photographs, one of which lies under the plates; None =
+    drawn clutter). UserError for an unknown kind or difficulty, or a K that does not fit.
     """
     probe = make_scene(kind, difficulty, seed, **size)
-    probe.image = draw_scene(probe, backgrounds)
-    return probe
+    return replace(probe, image=draw_scene(probe))
 
 
-def probe_stream(
-    kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: int, make=make_probe, **options
-) -> Iterator[Probe]:
-    """Endless fresh probes; the same seed gives the same stream. make: make_probe or make_scene."""
+def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: int, **size) -> Iterator[Probe]:
+    """Endless fresh scenes (make_scene); the same seed gives the same stream. UserError for no kinds."""
+    if not kinds or not difficulties:
+        raise UserError("--kinds and --difficulties need at least one value")
     rng = random.Random(f"stream/{seed}")
     while True:
-        yield make(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **options)
+        yield make_scene(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
 
 
-def cell_box(cell: tuple[int, int], grid: int) -> tuple[float, float, float, float]:
-    """The box of a cell (column, row), xyxy relative, in the two decimals in which the searcher writes it."""
+def cell_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> tuple[float, float, float, float]:
+    """The box of a cell (column, row), xyxy relative, in as many decimals as the searcher writes."""
     x, y = cell
-    return tuple(round(v / grid, 2) for v in (x, y, x + 1, y + 1))
+    return tuple(round(v / grid, decimals) for v in (x, y, x + 1, y + 1))
+
+
+def split_cell(cell: tuple[int, int], grid: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A cell of the whole picture as its region and the cell inside it, each (column, row)."""
+    return (cell[0] // grid, cell[1] // grid), (cell[0] % grid, cell[1] % grid)
 
 
 def cell_name(cell: tuple[int, int]) -> str:
     """Cells are named as on a chess board, seen from the top: a1 is the left of the first row."""
     return f"{chr(ord('a') + cell[0])}{cell[1] + 1}"
+
+
+def region_name(region: tuple[int, int], regions: int = 3) -> str:
+    """Regions are numbered row by row, from r1 on."""
+    return f"r{region[1] * regions + region[0] + 1}"
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -352,21 +372,25 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
 
     UserError if the directory holds a set already.
     """
-    directory = Path(directory)
-    if (directory / "probes.jsonl").exists():
-        raise UserError(f"{directory} holds a set of probes already: give another --out")
-    rows = []
+    directory, rows = Path(directory), []
+    refuse_old_set(directory)
     for number, probe in enumerate(probes):
-        if not isinstance(probe.image, Image.Image):
+        if isinstance(probe.image, (str, Path)):
             name = str(Path(probe.image).absolute())
         else:
             name, png = f"images/{number:05d}.png", io.BytesIO()
-            probe.image.save(png, "PNG")
+            probe.open().save(png, "PNG")
             (directory / "images").mkdir(parents=True, exist_ok=True)
             write_atomic(directory / name, png.getvalue())
         rows.append({**vars(probe), "image": name})
     directory.mkdir(parents=True, exist_ok=True)
     write_lines(directory / "probes.jsonl", rows)
+
+
+def refuse_old_set(directory: Path) -> None:
+    """UserError if the directory holds a set of probes already, or cannot be one."""
+    if (directory / "probes.jsonl").exists() or directory.is_file():
+        raise UserError(f"{directory} is a file, or holds a set of probes already: give another --out")
 
 
 def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
@@ -383,11 +407,13 @@ def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
             f"{file}: no such set of probes; to make one: python data.py --out DIR, or see prepare/"
         )
     probes = []
-    with open(file, encoding="utf-8-sig") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(itertools.islice(lines, limit), 1):
             try:
-                probes.append(_read_row(json.loads(line), file.parent))
-            except ValueError as error:  # broken JSON, an answer that is no option, and the checks below
+                probes.append(_read_row(json.loads(line.decode("utf-8-sig")), file.parent))
+            except RecursionError:
+                raise UserError(f"{file}, row {number}: is nested too deeply") from None
+            except ValueError as error:  # no UTF-8, no JSON, an answer that is no option, the checks below
                 raise UserError(f"{file}, row {number}: {error}") from None
     if not probes:
         raise UserError(f"{file}: holds no rows")
@@ -417,7 +443,7 @@ def _read_row(row: dict, folder: Path) -> Probe:
     if not all(grade(answer, row["answer"], options) for answer in texts[1:]):
         raise ValueError(f"no prediction can match the answer {row['answer']!r:.80}")
     image = folder / row["image"]
-    if not image.is_file():
+    if not os.path.isfile(image):  # False also for a name that no file can have
         raise ValueError(f"the image {image} is missing; is the set complete?")
     known = {key: row.pop(key) for key in list(row) if key in Probe.__dataclass_fields__}
     known |= {"image": str(image), "boxes": [tuple(box) for box in known["boxes"]]}
@@ -427,8 +453,8 @@ def _read_row(row: dict, folder: Path) -> Probe:
 # --------------------------------------------------------------------------------- the scripted searcher
 
 
-def _crop_text(thought: str, box: tuple[float, ...]) -> str:
-    return f"<think>{thought}</think>{format_action(Crop(box, 0))}"
+def _crop_text(thought: str, box: tuple[float, ...], source: int = 0) -> str:
+    return f"<think>{thought}</think>{format_action(Crop(box, source))}"
 
 
 def _compare(probe: Probe, item: dict | None) -> str:
@@ -442,48 +468,62 @@ def _compare(probe: Probe, item: dict | None) -> str:
     return ", ".join([*thoughts, f"read {item['parts'][probe.meta['reads']]}"])
 
 
+def _plan(places: Iterable[tuple[int, int]], size: int, slip: float, rng: random.Random) -> list:
+    """The places to visit, in blocks of 2 x 2. `slip`: chance, per place, that an empty one is among them."""
+    places = list(places)
+    empty = [(x, y) for y in range(size) for x in range(size) if (x, y) not in places]
+    slips = min(sum(rng.random() < slip for _ in places), len(empty))
+    return sorted([*places, *rng.sample(empty, slips)], key=lambda p: (p[1] // 2, p[0] // 2, p[1], p[0]))
+
+
 def write_search(
     probe: Probe, rng: random.Random, *, pattern: str, impatience: float = 0.0, slip: float = 0.0
 ) -> list[str]:
     """The assistant messages of one whole search through a drawn probe, in order (the scene is known).
 
-    pattern: "depth_first" lists the plates first, region by region, and follows the list from a random
-    plate on, round its end to its beginning; "trial_and_error" takes them in random order. Neither returns
-    to a plate. impatience: after the n-th miss it guesses with probability impatience * n. slip: chance,
-    per plate, that an empty cell is taken for one more plate; a look tells ("see nothing"), and the search
-    goes on.
+    It lists the regions that hold plates, crops one from the picture, lists its plates, crops them one by
+    one from that observation, and goes on with the next region. pattern: "depth_first" follows the lists,
+    that of the regions from a random one on, round its end; "trial_and_error" takes regions and plates in
+    random order. Neither returns to a place. impatience: after the n-th miss it guesses with probability
+    impatience * n. slip: chance, per place, that an empty one is taken for one more; a look tells ("plates
+    nothing", "see nothing"), and the search goes on.
     """
-    grid, at = probe.meta["grid"], {item["cell"]: item for item in probe.meta["items"]}
-    empty = [(x, y) for y in range(grid) for x in range(grid) if (x, y) not in at]
-    slips = sum(rng.random() < slip for _ in at)
-    cells = [*at, *rng.sample(empty, min(slips, len(empty)))]
-    cells.sort(key=lambda cell: (cell[1] // 2, cell[0] // 2, cell[1], cell[0]))  # regions of 2 x 2
-    planned = pattern == "depth_first"
-    if planned:  # starts differ, so that the rollouts of a group look at different plates
-        start = rng.randrange(len(cells))
-        thought = f"plates {' '.join(cell_name(cell) for cell in cells)}, next"
-        cells = cells[start:] + cells[:start]
-    else:
-        rng.shuffle(cells)
-        thought = "try"
-    texts = []
-    for misses, cell in enumerate(cells, 1):  # after this look, if it is not the target
-        texts.append(_crop_text(f"{thought} {cell_name(cell)}", cell_box(cell, grid)))
-        item = at.get(cell)
-        thought = _compare(probe, item)
-        if item is not None and item["target"]:
-            return [*texts, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
-        if rng.random() < impatience * misses:
-            guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
-            return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
-        thought += f", after {cell_name(cell)}" if planned else ", try"
+    regions, grid = probe.meta["regions"], probe.meta["grid"]
+    at: dict[tuple, dict] = {}  # region -> cell inside it -> item
+    for item in probe.meta["items"]:
+        region, cell = split_cell(item["cell"], grid)
+        at.setdefault(region, {})[cell] = item
+    step = "next" if pattern == "depth_first" else "try"
+    order = _plan(at, regions, slip, rng)
+    thought = f"regions {' '.join(region_name(region, regions) for region in order)}, {step}"
+    start = rng.randrange(len(order))  # so that the rollouts of a group begin in different regions
+    order = order[start:] + order[:start] if step == "next" else rng.sample(order, len(order))
+    texts, misses = [], 0
+    for region in order:
+        name = region_name(region, regions)
+        texts.append(_crop_text(f"{thought} {name}", cell_box(region, regions)))
+        source = len(texts)  # the observation that shows this region
+        cells = _plan(at.get(region, ()), grid, slip, rng)
+        thought = f"in {name}: plates {' '.join(map(cell_name, cells)) or 'nothing'}"
+        for cell in cells if step == "next" else rng.sample(cells, len(cells)):
+            texts.append(_crop_text(f"{thought}, {step} {cell_name(cell)}", cell_box(cell, grid), source))
+            item = at.get(region, {}).get(cell)
+            thought = _compare(probe, item)
+            if item is not None and item["target"]:
+                return [*texts, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
+            misses += 1
+            if rng.random() < impatience * misses:
+                guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
+                return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
+            thought += f", after {cell_name(cell)}"
+        thought += f", leave {name}, {step}"
     raise ValueError("none of the plates is the target")
 
 
 def write_look(probe: Probe) -> list[str]:
     """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen."""
     (item,) = probe.meta["items"]
-    look = _crop_text(f"try {cell_name(item['cell'])}", (0.0, 0.0, 1.0, 1.0))
+    look = _crop_text("look", (0.0, 0.0, 1.0, 1.0))
     thought = _compare(probe, item)
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
@@ -510,7 +550,7 @@ def cold_start(
 ) -> Iterator[tuple[Probe, list[str]]]:
     """Endless (probe, messages) of searches that end right within max_turns (paper, section 3.2).
 
-    scenes: of make_scene; only those of kept searches are drawn. trial_share: share of trial-and-error
+    scenes: as probe_stream gives them. trial_share: share of trial-and-error
     searches, the rest are depth-first. impatience: (lowest, highest), drawn log-uniformly for each search,
     so that some give up at every length. patient_share: share of searches that never guess: they teach what
     a long search looks like. UserError for an impatience that is no range above 0.
@@ -524,7 +564,6 @@ def cold_start(
         hurry = low * (high / low) ** rng.random() if rng.random() >= patient_share else 0.0
         texts = write_search(probe, rng, pattern=pattern, impatience=hurry, slip=slip)
         if len(texts) <= max_turns and texts[-1].endswith(f"<answer>{probe.answer}</answer>"):
-            probe.image = draw_scene(probe)
             yield probe, texts
 
 
@@ -538,7 +577,8 @@ class Config:
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
-    grid: int = 6  # cells per side of the picture
+    regions: int = 3  # regions per side of the picture
+    grid: int = 6  # cells per side of a region
     cell: int = 48  # pixels per side of a cell
     backgrounds: Path | None = None  # folder of photographs to lie under the plates; default: drawn clutter
 
@@ -547,15 +587,16 @@ def draw_sheet(probes: list[Probe], columns: int = 3, view: int = 48) -> Image.I
     """A contact sheet, a row per kind: each probe, gold box in white, beside its view x view overview."""
     rows = [[p for p in probes if p.source == kind][:columns] for kind in PROBE_KINDS]
     rows = [row for row in rows if row]
-    side, gap = min(probes[0].image.width, 576), 12
+    side, gap = min(probes[0].open().width, 576), 12
     width, height = 2 * side + 3 * gap, side + 3 * gap  # of one probe, its caption included
     sheet = Image.new("RGB", (gap + columns * width, gap + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for (r, row), c in itertools.product(enumerate(rows), range(columns)):
         if c < len(row):
             probe, x, y = row[c], gap + c * width, gap + r * height
-            overview = fit_pixels(probe.image, view * view, view * view)
-            sheet.paste(probe.image.resize((side, side)), (x, y))
+            image = probe.open()
+            overview = fit_pixels(image, view * view, view * view)
+            sheet.paste(image.resize((side, side)), (x, y))
             sheet.paste(overview.resize((side, side), Image.Resampling.NEAREST), (x + side + gap, y))
             x0, y0, x1, y1 = (v * side for v in probe.boxes[0])
             draw.rectangle((x + x0, y + y0, x + x1 - 1, y + y1 - 1), outline="white", width=2)
@@ -574,23 +615,17 @@ def list_photos(folder: Path) -> list[str]:
 
 
 def main(cfg: Config) -> None:
+    refuse_old_set(cfg.out)
     photos = list_photos(cfg.backgrounds) if cfg.backgrounds else None
     if cfg.count < 1 or cfg.cell < 16 or cfg.grid > 26:  # 26: columns are named a to z
         raise UserError("--count starts at 1, --cell at 16, and --grid ends at 26")
-    options = {"grid": cfg.grid, "cell": cfg.cell, "backgrounds": photos}
+    options = {"regions": cfg.regions, "grid": cfg.grid, "cell": cfg.cell, "backgrounds": photos}
     stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, **options)
-    try:
-        probes = [next(stream) for _ in tqdm(range(cfg.count), desc="probes")]
-    except ValueError as error:  # an unknown kind, or plates that do not fit
-        raise UserError(str(error)) from None
+    probes = [next(stream) for _ in tqdm(range(cfg.count), desc="probes")]
     save_probes(probes, cfg.out)
     png = io.BytesIO()
     draw_sheet(probes).save(png, "PNG")
     write_atomic(cfg.out / "sheet.png", png.getvalue())
-    example = min(probes, key=lambda probe: probe.meta["k"])
-    print(f"{example.question}  (answer: {example.answer})")
-    for text in write_search(example, random.Random(cfg.seed), pattern="trial_and_error"):
-        print(f"  {text}")
     print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
 
 

@@ -21,9 +21,6 @@ results.json is written last: after a crash, the same command starts again and g
 Read next: README.md.
 """
 
-import base64
-import html
-import io
 import json
 import random
 import statistics
@@ -43,8 +40,17 @@ from PIL import Image
 
 from data import COLORS, DIGITS, PROBE_KINDS, Probe, load_probes, probe_stream
 from env import ERROR_CODES, STOPS, CropEnv, fit_pixels, grade
-from model import Policy, Protocol, change_protocol, load_policy, policy_flags, token_logprobs, wording_flags
-from rollout import Episode, draw_search, rollout, rollout_flags
+from model import (
+    Policy,
+    PolicyFlags,
+    Protocol,
+    change_protocol,
+    load_policy,
+    policy_flags,
+    token_logprobs,
+    wording_flags,
+)
+from rollout import Episode, rollout, rollout_flags, write_page
 from train_rl import judge_all, open_judge
 
 matplotlib.use("Agg")  # no window
@@ -56,7 +62,7 @@ ANSWER_NOW = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     init: Path = Path("runs/rl")  # the policy: a run directory, a Hugging Face directory or id
     out: Path = Path("runs/eval")  # results.json, episodes.jsonl, curve.png, trajectories.html
     count: int | None = None  # fresh probes (default: 400), or the first rows of `data` (default: all)
@@ -80,15 +86,6 @@ class Config:
     shown: int = 12  # episodes in trajectories.html
     seed: int = 1_000_000  # of the fresh probes and of sampling; training draws from others
     compile: bool = False  # torch.compile of the one-token step; not measured on a GPU yet
-    quantize: str | None = None  # "nf4": the language model in 4 bits
-    device: str | None = None  # default: cuda if there is one
-    system_prompt: Path | None = None  # text file with another wording; default: the policy's own
-    observation_prompt: Path | None = (
-        None  # likewise, before each view; {label} {action} {image} are filled in
-    )
-    error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
-    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
-    max_pixels: int | None = None  # likewise
 
     def __post_init__(self):
         count = 1 if self.count is None else self.count
@@ -242,35 +239,6 @@ def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None
     pyplot.close(figure)
 
 
-def embed_image(image: Image.Image, side: int) -> str:
-    """An <img> of the image, enlarged or reduced to `side` pixels on its longer side."""
-    scale, buffer = side / max(image.size), io.BytesIO()
-    image = image.resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.NEAREST)
-    image.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-PAGE_STYLE = """body{font:14px sans-serif;max-width:1000px;margin:2em auto}
-section{border-top:1px solid #ccc;padding:1em 0;overflow:auto}section>img{float:left;margin:0 1em 1em 0}
-li{margin:.3em 0;min-height:4em}li img{vertical-align:middle;margin-left:1em}code{white-space:pre-wrap}"""
-
-
-def write_page(episodes: list[Episode]) -> str:
-    """A plain page: per episode where it looked, what it saw, and what it said. Model text is escaped."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>Trajectories</title><style>{PAGE_STYLE}</style>"]
-    for e in episodes:
-        views = dict(zip(e.crop_turns, e.views()[1:]))
-        verdict = "correct" if e.reward else f"wrong, the answer is {e.probe.answer}"
-        verdict = html.escape(verdict if e.judged else "unjudged")
-        parts.append(f"<section>{embed_image(draw_search(e), 360)}<b>{html.escape(e.probe.prompt())}</b>")
-        parts.append(f"{verdict} (stop: {e.stop}, {e.turns} turns)<ol>")
-        for turn, text in enumerate(e.texts, 1):
-            view = embed_image(views[turn], 64) if turn in views else ""
-            parts.append(f"<li><code>{html.escape(text)}</code>{view}</li>")
-        parts.append("</ol></section>")
-    return "\n".join(parts)
-
-
 def make_row(e: Episode) -> dict:
     """One line of episodes.jsonl; "reward" is null where the judge failed."""
     row = {
@@ -356,7 +324,7 @@ def main(cfg: Config) -> None:
         curves[name] = other["curve"]
     draw_curves(curves, cfg.trained_limit, cfg.out / "curve.png")
     shown = random.Random(cfg.seed).sample(episodes, min(cfg.shown, len(episodes)))
-    write_atomic(cfg.out / "trajectories.html", write_page(shown).encode())
+    write_page(cfg.out / "trajectories.html", shown)
     write_atomic(cfg.out / "results.json", json.dumps(results, indent=1).encode())
     print_table(results)
     print(f"{len(episodes)} episodes in {results['seconds']} s; curve.png, trajectories.html in {cfg.out}")

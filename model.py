@@ -45,7 +45,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import env
-from data import COLORS, SHAPES, cell_box, cell_name, make_probe
+from data import COLORS, SHAPES, cell_box, cell_name, make_probe, region_name
 
 IM_START, IM_END, IMAGE_PAD = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -111,15 +111,16 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
     The phrases are those of data.py's questions and searches and of TINY_PROTOCOL, split at `|`.
     """
-    coordinates = sorted({str(v) for x in range(6) for v in cell_box((x, 0), 6)})
+    coordinates = sorted({str(v) for grid in (3, 6) for x in range(grid) for v in cell_box((x, 0), grid)})
     wording = """system\\n|user\\n|assistant\\n|Search the picture.|Observation |That failed.|
 What color is the tag with |the | and |What number is on sign |What number is left of the |
 <think>|</think>|<answer>|</answer>|<grounding>{"bbox_2d": [|], "source": "original_image"}</grounding>|
 ], "source": "observation_|"}</grounding>|<think>want |, want |: see |nothing|, yes|, no|, read |
-<think>plates|<think>try|, next|, after|, try|, guess|, """
+<think>regions|<think>look|, look|<think>in|: plates|, next|, after|, leave|, try|, guess|, """
     phrases = [phrase.replace("\\n", "\n") for phrase in wording.replace("|\n", "|").split("|")]
     phrases += [*SHAPES, *COLORS, *coordinates, *(f"{c}, " for c in coordinates)]
     phrases += [f" {cell_name((x, y))}" for y in range(6) for x in range(6)]
+    phrases += [f" {region_name((x, y))}" for y in range(3) for x in range(3)]
     return byte_tokenizer(phrases, SPECIAL_TOKENS)
 
 
@@ -439,6 +440,21 @@ def add_adapters(model: nn.Module, adapter: str | None, rank: int) -> nn.Module:
     with warnings.catch_warnings():  # an adapter for other layers: peft would warn and go on without it
         warnings.filterwarnings("error", "Found missing adapter keys")
         return peft.PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+
+
+@dataclass(frozen=True)
+class PolicyFlags:
+    """What the Config of each script that loads a policy begins with."""
+
+    device: str | None = None  # default: cuda if there is one
+    quantize: str | None = None  # "nf4": the language model in 4 bits
+    system_prompt: Path | None = None  # text file with another wording; default: the policy's own
+    observation_prompt: Path | None = (
+        None  # likewise, before each view; {label} {action} {image} are filled in
+    )
+    error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
+    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
+    max_pixels: int | None = None  # likewise
 
 
 def policy_flags(cfg) -> dict:

@@ -15,18 +15,22 @@ not depend on the rows beside it.
 
     Q questions, G rollouts per question, B rows of a wave, T tokens, K columns of the cache, V vocabulary
 
-    $ python rollout.py --image photo.jpg --question "What color is the star?"      # draws where it looked
+    $ python rollout.py                            # a search by checkpoints/tiny_rl, --seed 1 for another
+    $ python rollout.py --image photo.jpg --question "What color is the star?" --init Mini-o3/Mini-o3-7B-v1
 
 Read next: train_sft.py.
 """
 
+import base64
 import copy
 import inspect
+import io
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import UserError, cli, replacing
+from common import UserError, cli, replacing, write_atomic
 
 import numpy as np
 import torch
@@ -36,10 +40,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from data import Probe
+from data import PROBE_KINDS, Probe, probe_stream
 from env import OVER_TURN, Crop, CropEnv, format_action, grade, load_image
-from model import Policy, load_policy, mrope_positions, policy_flags, vocabulary_logprobs
+from model import Policy, PolicyFlags, load_policy, mrope_positions, policy_flags, vocabulary_logprobs
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # the tiny policy after the cold start and after GRPO
 CLOSING_TAGS = ("</grounding>", "</answer>")  # a turn ends where its action ends, as behind a server
 
 
@@ -324,6 +329,7 @@ def rollout(
     keep_features: bool = False,
     compile: bool = False,
     progress: str | None = None,
+    verbose: bool = False,
 ) -> list[Episode]:
     """Plays `group_size` episodes per probe; those of one probe are adjacent in the result.
 
@@ -333,7 +339,7 @@ def rollout(
     wave_size: rows at once (at least one group); it changes memory and speed, not the result. env_class,
     force_answer: for controls. keep_features: leave the visual features in the episodes, for a training
     that does not change the tower. compile: torch.compile of the one-token step. progress: label of a
-    progress bar. UserError for a prompt beyond max_context.
+    progress bar. verbose: print each message as it comes. UserError for a prompt beyond max_context.
     """
     policy.model.eval()  # a model in training that checkpoints activations keeps no cache
     bar = tqdm(total=len(probes) * group_size, desc=progress, disable=progress is None, leave=False)
@@ -371,6 +377,8 @@ def rollout(
                     break
                 hidden = wave.step(tokens, live)
             going = [i for i, row in enumerate(wave.rows) if row.end_turn(policy, complete[i], max_context)]
+            for row in wave.rows if verbose else ():
+                print(f"{len(row.texts):2d}. {row.texts[-1]}", flush=True)
             bar.update(len(wave.rows) - len(going))
             if not going:
                 break
@@ -424,39 +432,75 @@ def draw_search(episode: Episode, side: int = 900) -> Image.Image:
     return picture
 
 
+def embed_image(image: Image.Image, side: int) -> str:
+    """The image as a data: URL, reduced to at most `side` pixels on its longer side."""
+    image, buffer = image.copy(), io.BytesIO()
+    image.thumbnail((side, side))
+    kind = "png" if max(image.size) <= 128 else "jpeg"
+    image.save(buffer, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def describe_card(e: Episode) -> dict:
+    """What viewer.html shows of an episode."""
+    boxes = dict(zip(e.crop_turns, boxes_in_original(e)))
+    views, errors, turns = dict(zip(e.crop_turns, e.views()[1:])), iter(e.errors), []
+    for turn, text in enumerate(e.texts, 1):
+        thought, _, action = text.rpartition("</think>")
+        turns.append({"thought": thought.removeprefix("<think>"), "action": action, "box": boxes.get(turn)})
+        turns[-1]["view"] = embed_image(views[turn], 320) if turn in views else None
+        turns[-1]["error"] = (
+            None if turn in views or e.stop == "answer" and turn == e.turns else next(errors, None)
+        )
+    picture, reward = e.probe.open(), e.reward if e.judged else None
+    card = {"question": e.probe.prompt(), "answer": e.probe.answer, "prediction": e.answer, "turns": turns}
+    card |= {
+        "picture": embed_image(picture, 720),
+        "size": picture.size,
+        "kind": e.probe.source,
+        "stop": e.stop,
+    }
+    card |= {"reward": reward, "verdict": {1.0: "right", 0.0: "wrong"}.get(reward, "unjudged")}
+    return card | {"advantage": e.advantage, "masked": e.masked}
+
+
+def write_page(path: Path, episodes: list[Episode]) -> None:
+    """Writes a page of episodes, viewer.html filled with them: one file that needs no network."""
+    template = (Path(__file__).parent / "viewer.html").read_text("utf-8")
+    data = json.dumps([describe_card(episode) for episode in episodes]).replace("<", "\\u003c")
+    write_atomic(path, template.replace("EPISODES", data, 1).encode())
+
+
 @dataclass(frozen=True)
-class Config:
-    image: Path  # a photograph, or any picture
-    question: str  # what to find out
-    init: Path = Path("runs/rl")  # the policy: a run directory, a Hugging Face directory or id
-    out: Path = Path("runs/search.png")  # a picture of where it looked
+class Config(PolicyFlags):
+    image: Path | None = None  # a photograph, or any picture; default: a fresh hard probe
+    question: str = ""  # what to find out about the image
+    init: Path = CHECKPOINTS / "tiny_rl"  # the policy: a run directory, a Hugging Face directory or id
+    out: Path = Path("runs/search")  # OUT.png, a picture of where it looked, and OUT.html, the whole search
     max_turns: int = 32  # assistant messages
     max_turn_tokens: int = 1024  # a longer message is cut, and the search ends
     temperature: float = 1.0  # 0 takes the most likely token
-    seed: int = 0
-    device: str | None = None  # default: cuda if there is one
+    seed: int = 0  # of sampling, and of the probe
     compile: bool = False  # torch.compile of the one-token step; not measured on a GPU yet
-    quantize: str | None = None  # "nf4": the language model in 4 bits
-    system_prompt: Path | None = None  # text file with another wording; default: the policy's own
-    observation_prompt: Path | None = (
-        None  # likewise, before each view; {label} {action} {image} are filled in
-    )
-    error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
-    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
-    max_pixels: int | None = None  # likewise
 
 
 def main(cfg: Config) -> None:
-    probe = Probe(load_image(cfg.image), cfg.question, answer="")
+    if (cfg.image is None) != (not cfg.question):
+        raise UserError("--image and --question go together; without both, it searches a fresh probe")
+    probe = next(probe_stream(PROBE_KINDS, ("hard",), cfg.seed))
+    if cfg.image:
+        probe = Probe(load_image(cfg.image), cfg.question, answer="")
     policy = load_policy(str(cfg.init), **policy_flags(cfg))
-    (episode,) = rollout(policy, [probe], **rollout_flags(cfg))
-    for i, text in enumerate(episode.texts, 1):
-        print(f"{i:2d}. {text}")
-    print(f"stop: {episode.stop}   answer: {episode.answer}")
+    print(probe.prompt())
+    (episode,) = rollout(policy, [probe], verbose=True, **rollout_flags(cfg))
+    known = f"   the answer is {probe.answer}" if probe.answer else ""
+    print(f"stop: {episode.stop}   it says: {episode.answer}{known}")
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(cfg.out) as temporary:
+    picture, page = cfg.out.with_suffix(".png"), cfg.out.with_suffix(".html")
+    with replacing(picture) as temporary:
         draw_search(episode).save(temporary)
-    print(f"where it looked: {cfg.out}")
+    write_page(page, [episode])
+    print(f"where it looked: {picture}; turn by turn: {page}")
 
 
 if __name__ == "__main__":

@@ -33,12 +33,20 @@ from tqdm import tqdm
 
 from data import PROBE_KINDS, Probe, load_probes, probe_stream
 from env import ERROR_CODES, MAX_ANSWER_CHARS, STOPS
-from model import Policy, load_policy, micro_batches, policy_flags, token_logprobs, vocabulary_logprobs
-from rollout import Episode, describe, rollout, rollout_flags
+from model import (
+    Policy,
+    PolicyFlags,
+    load_policy,
+    micro_batches,
+    policy_flags,
+    token_logprobs,
+    vocabulary_logprobs,
+)
+from rollout import CHECKPOINTS, Episode, describe, rollout, rollout_flags, write_page
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     init: Path = Path("runs/sft")  # the policy to start from: a run of train_sft.py, or what its --base takes
     out: Path = Path("runs/rl")  # run directory
     seed: int = 0  # questions and sampling
@@ -69,7 +77,7 @@ class Config:
     temperature: float = 1.0
     micro_tokens: int = 4096  # tokens per training forward
     wave_size: int = 192  # rollouts at once
-    show_every: int = 10  # steps between two printed rollouts
+    show_every: int = 10  # steps between two shown groups: one rollout printed, all in trajectories.html
     save_every: int = 20  # steps
     resume: bool = False  # go on from the last checkpoint in `out`
     compile: bool = False  # torch.compile of the one-token step; not measured on a GPU yet
@@ -77,15 +85,6 @@ class Config:
     activation_checkpointing: bool = False  # keep few activations, compute them again: less memory, more time
     adam_8bit: bool = False  # moments of AdamW in 8 bits (bitsandbytes)
     lora_rank: int = 0  # adapters of this rank on the language model, all else frozen; 0 trains every weight
-    quantize: str | None = None  # "nf4": the language model in 4 bits
-    device: str | None = None  # default: cuda if there is one
-    system_prompt: Path | None = None  # text file with another wording; default: the policy's own
-    observation_prompt: Path | None = (
-        None  # likewise, before each view; {label} {action} {image} are filled in
-    )
-    error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
-    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
-    max_pixels: int | None = None  # likewise
 
     def __post_init__(self):
         if self.questions % self.updates:
@@ -330,7 +329,8 @@ def main(cfg: Config) -> None:
     published = [probe for path in cfg.data for probe in load_probes(path)]
     torch.manual_seed(cfg.seed)
     if cfg.init == Config.init and not cfg.init.exists():
-        raise common.UserError(f"--init: no policy in {cfg.init}; train one first: python train_sft.py")
+        cfg = replace(cfg, init=CHECKPOINTS / "tiny_sft")
+        print(f"no {Config.init} here: starts from {cfg.init}, the cold start of this repository")
     policy = load_policy(str(cfg.init), **policy_flags(cfg))
     optimizer = common.make_optimizer(policy, cfg, betas=(0.9, 0.999))
     judge = open_judge(cfg.judge, cfg.judge_model, policy)
@@ -403,6 +403,7 @@ def main(cfg: Config) -> None:
         )
         if step % cfg.show_every == 0 and groups:
             tqdm.write(describe(groups[0][0]) + f"  advantage {groups[0][0].advantage:+.2f}")
+            write_page(cfg.out / "trajectories.html", groups[0])
         if stop.requested or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             common.save_run(cfg.out, policy, optimizer, step + 1)
         if stop.requested:

@@ -30,23 +30,14 @@ import common
 import torch
 from tqdm import tqdm
 
-from data import (
-    PROBE_KINDS,
-    Probe,
-    WarmUpEnv,
-    cold_start,
-    load_probes,
-    make_scene,
-    probe_stream,
-    write_look,
-    write_search,
-)
-from model import Policy, load_policy, micro_batches, policy_flags, token_logprobs
+import data
+from data import PROBE_KINDS, Probe, WarmUpEnv
+from model import Policy, PolicyFlags, load_policy, micro_batches, policy_flags, token_logprobs
 from rollout import Episode, replay
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
@@ -76,15 +67,6 @@ class Config:
     activation_checkpointing: bool = False  # keep few activations, compute them again: less memory, more time
     adam_8bit: bool = False  # moments of AdamW in 8 bits (bitsandbytes)
     lora_rank: int = 0  # adapters of this rank on the language model, all else frozen; 0 trains every weight
-    quantize: str | None = None  # "nf4": the language model in 4 bits
-    device: str | None = None  # default: cuda if there is one
-    system_prompt: Path | None = None  # text file with another wording; default: the policy's own
-    observation_prompt: Path | None = (
-        None  # likewise, before each view; {label} {action} {image} are filled in
-    )
-    error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
-    min_pixels: int | None = None  # of a view, width * height; default: the policy's own
-    max_pixels: int | None = None  # likewise
 
 
 def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> list[Episode]:
@@ -100,31 +82,30 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     seed = rng.getrandbits(48)
     if step < cfg.warmup_steps:
-        plates = probe_stream(cfg.kinds, cfg.difficulties, seed, grid=1, candidates=1)
+        plates = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=1, grid=1, candidates=1)
         plates = itertools.islice(plates, cfg.warmup_looks)
-        looks = [replay(policy, plate, write_look(plate), WarmUpEnv) for plate in plates]
-        probes = probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+        looks = [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
+        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
         probes = itertools.islice(probes, cfg.warmup_plans)
-        plans = [replay(policy, p, write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
+        plans = [replay(policy, p, data.write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
         return looks + plans
-    scenes = probe_stream(cfg.kinds, cfg.difficulties, seed, make=make_scene)
+    scenes = data.probe_stream(cfg.kinds, cfg.difficulties, seed)
     shares = {"trial_share": cfg.trial_share, "patient_share": cfg.patient_share, "slip": cfg.slip}
     options = {"impatience": cfg.impatience, "max_turns": cfg.max_turns, **shares}
-    searches = cold_start(scenes, rng.getrandbits(48), **options)
+    searches = data.cold_start(scenes, rng.getrandbits(48), **options)
     played = (replay(policy, probe, texts) for probe, texts in searches)
     return list(itertools.islice((episode for episode in played if episode.reward == 1.0), cfg.batch))
 
 
 class Batches(torch.utils.data.Dataset):
-    """The batches of a run, by step, as another process draws them: views are kept, pictures are not."""
+    """The batches of a run, by step, as another process draws them."""
 
     def __init__(self, cfg: Config, policy: Policy, written: list[Probe]):
         self.arguments = cfg, policy, written
 
     def __getitem__(self, step: int) -> list[Episode]:
         cfg, policy, written = self.arguments
-        episodes = draw_batch(cfg, policy, step, written)
-        return [replace(episode, probe=replace(episode.probe, image=None)) for episode in episodes]
+        return draw_batch(cfg, policy, step, written)
 
 
 def ignore_interrupts(_worker: int) -> None:
@@ -165,7 +146,7 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 def load_searches(cfg: Config) -> list[Probe]:
     """The searches of --data, [] without it. UserError for a set of questions without searches."""
-    written = load_probes(cfg.data) if cfg.data else []
+    written = data.load_probes(cfg.data) if cfg.data else []
     if any("texts" not in probe.meta for probe in written):
         raise common.UserError(
             f"--data {cfg.data}: holds questions without searches; see prepare/cold_start.py"

@@ -209,6 +209,12 @@ def read_lines(out) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_cards(page) -> list[dict]:
+    """The episodes in a page that write_page wrote."""
+    text = Path(page).read_text()
+    return json.loads(text.partition('id="episodes">')[2].partition("</script>")[0])
+
+
 def without_times(rows: list[dict]) -> list[dict]:
     """Rows of metrics without what differs from run to run."""
     timed = ("time/", "tokens_per_second", "memory_gb")

@@ -3,13 +3,15 @@
 import itertools
 import json
 import random
+import re
 from collections import Counter
 
 from common import UserError
 
+import numpy as np
 import pytest
 from conftest import noise, run_main
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFilter
 
 import data
 from data import (
@@ -21,7 +23,6 @@ from data import (
     WarmUpEnv,
     cell_box,
     cold_start,
-    draw_scene,
     load_probes,
     make_probe,
     make_scene,
@@ -42,7 +43,7 @@ HARD = [(kind, seed) for kind in PROBE_KINDS for seed in range(3)]
 def test_the_same_seed_gives_the_same_probe_and_another_seed_another(kind):
     one, two, other = (make_probe(kind, "hard", seed) for seed in (3, 3, 4))
     assert one == two and one.image.tobytes() == two.image.tobytes()
-    assert one.image.tobytes() != other.image.tobytes() and one.image.size == (288, 288)
+    assert one.image.tobytes() != other.image.tobytes() and one.image.size == (864, 864)
 
 
 @pytest.mark.parametrize("kind, seed", HARD)
@@ -66,8 +67,42 @@ def test_the_answers_of_the_look_alikes_are_balanced_and_one_plate_is_the_target
 def test_each_plate_has_a_cell_of_its_own_and_the_gold_box_is_that_of_the_target(kind, seed):
     probe = make_scene(kind, "hard", seed)
     cells = [item["cell"] for item in probe.meta["items"]]
-    assert len(set(cells)) == len(cells) and all(0 <= v < 6 for cell in cells for v in cell)
-    assert probe.boxes == [cell_box(cells[0], 6)]
+    assert len(set(cells)) == len(cells) and all(0 <= v < 18 for cell in cells for v in cell)
+    x, y = cells[0]
+    (box,) = probe.boxes
+    assert box == pytest.approx((x / 18, y / 18, (x + 1) / 18, (y + 1) / 18), abs=1e-4)
+
+
+def test_answers_and_places_are_scattered():
+    scenes = [make_scene("sign", "hard", seed) for seed in range(300)]
+    assert min(Counter(scene.answer for scene in scenes)[digit] for digit in DIGITS) > 45
+    targets, plates = (
+        {item["cell"] for scene in scenes for item in scene.meta["items"][:count]} for count in (1, None)
+    )
+    assert len(targets) > 150 and len(plates) == 18 * 18
+    regions = [{(x // 6, y // 6) for x, y in (i["cell"] for i in s.meta["items"])} for s in scenes]
+    assert {len(occupied) for occupied in regions} == {3, 4, 5}
+
+
+def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
+    """A region is shown at a sixth of its size; a plain drawing differs by 50 of 255 levels there."""
+    sprites = [data._sprite(name, 20, 3.0).getchannel("A") for name in data.SHAPES + data.LETTERS + DIGITS]
+    blurred = [sprite.filter(ImageFilter.GaussianBlur(3)) for sprite in sprites]
+    for (a, b), (c, d) in zip(itertools.combinations(sprites, 2), itertools.combinations(blurred, 2)):
+        sharp, soft = (
+            np.abs(np.subtract(*(np.asarray(v, float)[6:-6, 6:-6] for v in pair))).mean()
+            for pair in ((a, b), (c, d))
+        )
+        assert sharp > 5 and soft < 1
+
+
+def test_a_board_lies_under_the_plates_of_a_region_and_nowhere_else():
+    probe = make_probe("sign", "hard", 0)
+    occupied = {(x // 6, y // 6) for x, y in (item["cell"] for item in probe.meta["items"])}
+    small = np.asarray(probe.image, float).reshape(3, 288, 3, 288, 3).transpose(0, 2, 1, 3, 4)
+    for y, x in itertools.product(range(3), repeat=2):
+        share = (np.abs(small[y, x] - 0.9 * np.array(data.BOARD)).max(-1) < 12).mean()
+        assert (share > 0.6) if (x, y) in occupied else (share < 0.3)
 
 
 def test_a_plate_is_drawn_in_its_cell_in_its_color():
@@ -90,11 +125,12 @@ def test_a_scene_is_a_probe_that_is_not_drawn_yet():
         probe.boxes,
         probe.meta,
     )
-    assert draw_scene(scene).tobytes() == probe.image.tobytes()
+    assert scene.open().tobytes() == probe.image.tobytes() and scene.image is None
 
 
 def test_a_single_plate_is_the_target_about_as_often_as_not():
-    scenes = [make_scene("attribute", "hard", seed, grid=1, candidates=1) for seed in range(200)]
+    single = {"regions": 1, "grid": 1, "candidates": 1}
+    scenes = [make_scene("attribute", "hard", seed, **single) for seed in range(200)]
     assert all(len(scene.meta["items"]) == 1 for scene in scenes)
     assert 70 < sum(scene.meta["items"][0]["target"] for scene in scenes) < 130
 
@@ -105,8 +141,9 @@ def test_a_single_plate_is_the_target_about_as_often_as_not():
         (("plate", "hard"), {}, "no probe of kind 'plate'"),
         (("sign", "harder"), {}, "difficulty 'harder'"),
         (("sign", "hard"), {"candidates": 5}, "5 look-alikes"),
-        (("sign", "hard"), {"candidates": 40}, "40 look-alikes"),
-        (("sign", "hard"), {"candidates": 8, "grid": 2}, "fits a 2 x 2 grid"),
+        (("sign", "hard"), {"candidates": 6}, "6 look-alikes"),
+        (("sign", "hard"), {"candidates": 40, "regions": 1}, "40 look-alikes"),
+        (("sign", "hard"), {"candidates": 8, "regions": 1, "grid": 2}, "fits 1 regions of 2 x 2"),
     ],
 )
 def test_a_probe_that_cannot_be_drawn_is_refused(arguments, size, message):
@@ -117,18 +154,18 @@ def test_a_probe_that_cannot_be_drawn_is_refused(arguments, size, message):
 def test_photographs_lie_under_the_plates(tmp_path):
     Image.new("RGB", (90, 70), (255, 0, 0)).save(tmp_path / "red.png")
     plain, photo = (make_probe("sign", "hard", 1, backgrounds=b) for b in (None, [str(tmp_path / "red.png")]))
-    assert plain.meta == photo.meta and ImageChops.difference(plain.image, photo.image).getbbox()
-    empty = next(
-        (x, y) for x in range(6) for y in range(6) if (x, y) not in [i["cell"] for i in photo.meta["items"]]
+    assert (
+        plain.meta["items"] == photo.meta["items"]
+        and ImageChops.difference(plain.image, photo.image).getbbox()
     )
-    red, green, blue = photo.image.getpixel((empty[0] * 48 + 24, empty[1] * 48 + 24))
+    boards = {(x // 6, y // 6) for x, y in (item["cell"] for item in photo.meta["items"])}
+    x, y = next(place for place in itertools.product(range(3), repeat=2) if place not in boards)
+    red, green, blue = photo.image.getpixel((x * 288 + 144, y * 288 + 144))
     assert red > 2 * green and red > 2 * blue
 
 
 def test_a_stream_is_endless_fresh_and_given_by_its_seed():
-    one, two = (
-        list(itertools.islice(probe_stream(PROBE_KINDS, ("easy",), 7, make_scene), 40)) for _ in (1, 2)
-    )
+    one, two = (list(itertools.islice(probe_stream(PROBE_KINDS, ("easy",), 7), 40)) for _ in (1, 2))
     assert one == two and len({probe.meta["seed"] for probe in one}) == 40
     assert {probe.source for probe in one} == set(PROBE_KINDS)
 
@@ -144,49 +181,88 @@ def play(probe, texts, env_class=CropEnv):
     return env, stop
 
 
+def looks_at(probe, texts) -> list[tuple]:
+    """The searched places in order: (region,) for a crop of the picture, (region, cell) for one of that."""
+    places, regions, cells = (
+        [],
+        *({cell_box((x, y), n): (x, y) for x in range(n) for y in range(n)} for n in (3, 6)),
+    )
+    for text in texts[:-1]:
+        crop = parse_action(text)
+        inside = (places[crop.source - 1][0], cells[crop.box]) if crop.source else (regions[crop.box],)
+        places.append(inside)
+    return places
+
+
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
 @pytest.mark.parametrize("kind", PROBE_KINDS)
-def test_a_patient_search_visits_each_plate_once_at_most_and_ends_right(pattern, kind):
+def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_most(pattern, kind):
     probe = make_probe(kind, "hard", 2)
     texts = write_search(probe, random.Random(1), pattern=pattern)
     env, stop = play(probe, texts)
     assert stop == "answer" and env.answer == probe.answer and not env.errors
-    boxes = {cell_box(item["cell"], 6) for item in probe.meta["items"]}
-    looks = [crop.box for crop in env.crops]
-    assert len(set(looks)) == len(looks) and set(looks) <= boxes and looks[-1] == probe.boxes[0]
+    plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
+    looks = looks_at(probe, texts)
+    assert len(set(looks)) == len(looks) and looks[-1] == plates[0]
+    assert set(looks) <= {*plates, *((region,) for region, _ in plates)}
+    for region, inside in itertools.groupby(looks[:-1], lambda look: look[0]):
+        inside = list(inside)
+        assert inside[0] == (region,)  # into a region, its plates one by one, back out
+        if region != looks[-1][0]:
+            assert set(inside[1:]) == {plate for plate in plates if plate[0] == region}
     wanted = probe.meta["checks"][0][1]
-    assert all(f"want {wanted}: see " in text for text in texts[1:])  # the goal is restated at every look
-    assert texts[0].startswith("<think>plates " if pattern == "depth_first" else "<think>try ")
+    for look, text in zip(looks, texts[1:]):
+        region = data.region_name(look[0])
+        assert (f"want {wanted}: see " if len(look) == 2 else f"in {region}: plates ") in text
 
 
-def test_searches_of_a_scene_begin_at_different_plates():
-    probe = make_scene("sign", "hard", 2)
-    firsts = {write_search(probe, random.Random(s), pattern="depth_first")[0] for s in range(30)}
-    assert len(firsts) > 5
+def test_lists_go_in_blocks_of_two_by_two_and_that_of_the_regions_is_followed_round():
+    probe = make_scene("sign", "hard", 0, candidates=8)
+    for item, cell in zip(
+        probe.meta["items"], [(17, 17), (0, 0), (3, 0), (1, 1), (0, 2), (6, 0), (6, 1), (7, 0)]
+    ):
+        item["cell"] = cell
+    firsts = set()
+    for seed in range(30):
+        texts = write_search(probe, random.Random(seed), pattern="depth_first")
+        visited = re.findall(r"(?:next|leave) (r\d)", " ".join(texts))
+        firsts.add(visited[0])
+        assert texts[0].startswith("<think>regions r1 r2 r9, next ")
+        regions = list(dict.fromkeys(visited))
+        assert "r1 r2 r9 r1 r2 r9".find(" ".join(regions)) >= 0 and regions[-1] == "r9"
+        lists = set(re.findall(r"in (r\d: plates .*?),", " ".join(texts)))
+        assert lists <= {"r1: plates a1 b2 d1 a3", "r2: plates a1 b1 a2", "r9: plates f6"}
+    assert firsts == {"r1", "r2", "r9"}
 
 
-def test_a_slip_is_noticed_and_the_search_goes_on():
+@pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
+def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
     probe = make_probe("sign", "hard", 2)
-    texts = write_search(probe, random.Random(0), pattern="trial_and_error", slip=1.0)
-    occupied = {cell_box(item["cell"], 6) for item in probe.meta["items"]}
-    empty = [i for i, text in enumerate(texts[:-1]) if parse_action(text).box not in occupied]
-    assert empty and all("see nothing, no" in texts[i + 1] for i in empty)
+    texts = write_search(probe, random.Random(0), pattern=pattern, slip=1.0)
+    plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
+    seen = list(zip(looks_at(probe, texts), texts[1:]))
+    cells, regions = ([row for row in seen if len(row[0]) == n] for n in (2, 1))
+    missed = [text for place, text in cells if place not in plates]
+    empty = [text for (region,), text in regions if region not in [plate[0] for plate in plates]]
+    assert missed and all("see nothing, no, after " in text for text in missed)
+    assert empty and all(": plates nothing, leave " in text for text in empty)
     assert play(probe, texts)[0].answer == probe.answer
 
 
 def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
     """With impatience 1 it guesses after the first miss; with 0.2, after the fifth at the latest."""
     probe = make_scene("sign", "hard", 2)
-    for impatience, longest in ((1.0, 2), (0.2, 6)):
+    for impatience, longest in ((1.0, 1), (0.2, 5)):
         for seed in range(40):
             texts = write_search(probe, random.Random(seed), pattern="trial_and_error", impatience=impatience)
-            assert len(texts) <= longest
+            assert sum("want" in text for text in texts) <= longest
             if "guess" in texts[-1]:
                 assert parse_action(texts[-1]).text in DIGITS
 
 
 def test_a_look_at_a_single_plate_reads_it_or_says_no():
-    scenes = (make_scene("relation", "hard", seed, grid=1, candidates=1) for seed in itertools.count())
+    single = {"regions": 1, "grid": 1, "candidates": 1}
+    scenes = (make_scene("relation", "hard", seed, **single) for seed in itertools.count())
     for target in (True, False):
         scene = next(s for s in scenes if s.meta["items"][0]["target"] == target)
         first, second = write_look(scene)
@@ -196,7 +272,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
 
 
 def test_the_warm_up_hides_the_first_view():
-    probe = make_probe("sign", "hard", 0, grid=1, candidates=1)
+    probe = make_probe("sign", "hard", 0, regions=1, grid=1, candidates=1)
     env = WarmUpEnv(probe.image, "?", 2)
     assert [part["type"] for part in env.reset()[1]["content"]] == ["text"]
     reply, _ = env.step(write_look(probe)[0])
@@ -204,7 +280,7 @@ def test_the_warm_up_hides_the_first_view():
 
 
 def searches(count, **changes):
-    scenes = probe_stream(PROBE_KINDS, ("hard",), 3, make_scene)
+    scenes = probe_stream(PROBE_KINDS, ("hard",), 3)
     shares = {
         "trial_share": 0.5,
         "impatience": (0.05, 0.15),
@@ -216,22 +292,22 @@ def searches(count, **changes):
 
 
 def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():
-    kept = searches(25, max_turns=7)
+    kept = searches(40, max_turns=7)
+    assert max(len(texts) for _, texts in kept) == 7
     for probe, texts in kept:
-        assert (
-            len(texts) <= 7
-            and play(probe, texts)[0].answer == probe.answer
-            and probe.image.size == (288, 288)
-        )
-    assert {text[0].startswith("<think>plates") for _, text in kept} == {True, False}
+        assert play(probe, texts)[0].answer == probe.answer and probe.open().size == (864, 864)
+    assert {", next" in text[0] for _, text in kept} == {True, False}
 
 
 def test_the_shares_of_patterns_and_patience_are_as_asked():
-    assert all(texts[0].startswith("<think>plates") for _, texts in searches(8, trial_share=0.0))
-    assert all(texts[0].startswith("<think>try") for _, texts in searches(8, trial_share=1.0))
+    assert all(", next" in texts[0] for _, texts in searches(8, trial_share=0.0))
+    assert all(", try" in texts[0] for _, texts in searches(8, trial_share=1.0))
     patient = searches(25, patient_share=1.0)
     assert not any("guess" in texts[-1] for _, texts in patient)
     assert any("guess" in texts[-1] for _, texts in searches(25, impatience=(0.5, 0.5), patient_share=0.0))
+    # Impatience is drawn log-uniformly: of (0.001, 1), half are below 0.03, and few such searches guess.
+    wide = searches(40, impatience=(0.001, 1.0), patient_share=0.0, max_turns=100)
+    assert 8 < sum(len(texts) > 8 for _, texts in wide)
     for bad in ((0.0, 0.1), (0.2, 0.1)):
         with pytest.raises(UserError, match="--impatience"):
             searches(1, impatience=bad)
@@ -271,6 +347,14 @@ def test_a_set_is_read_as_it_was_saved_and_files_are_named_not_copied(tmp_path):
         save_probes([drawn], tmp_path / "set")
 
 
+def test_a_relative_path_is_saved_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise(8, 8).save("a.png")
+    save_probes([Probe("a.png", "Who?", "Ann")], tmp_path / "set")
+    monkeypatch.chdir("/")
+    assert load_probes(tmp_path / "set")[0].open().size == (8, 8)
+
+
 def test_further_keys_go_to_meta_and_paths_are_relative_to_the_file(tmp_path):
     noise(8, 8).save(tmp_path / "a.png")
     row = {"image": "a.png", "question": "Who?", "answer": ["Ann", "Anna"], "category": "people"}
@@ -293,19 +377,23 @@ GOOD = {"image": "a.png", "question": "Who?", "answer": "A", "options": {"A": "A
         ({"question": " "}, "should be text, and not empty"),
         ({"answer": 5}, '"answer" is missing or of the wrong type'),
         ({"answer": "C"}, "not one of the options"),
-        ({"answer": "x" * 2000, "options": None}, "no prediction can match"),
+        ({"answer": ["Ann", "x" * 2000], "options": None}, "no prediction can match"),
         ({"options": ["Ann"]}, '"options" should be'),
         ({"image": "b.png"}, "b.png is missing"),
+        ({"image": "b" * 300}, "is missing"),
         ({"boxes": [[0.5, 0, 0.2, 1]]}, "a box should be"),
         ({"question": "\ud800"}, "surrogates not allowed"),
         ("[1]", "should be an object"),
         ('{"image"', "row 2: "),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "utf-8"),
     ],
 )
 def test_a_broken_row_is_one_error_that_names_file_and_row(tmp_path, change, message):
     noise(8, 8).save(tmp_path / "a.png")
-    broken = change if isinstance(change, str) else json.dumps(GOOD | change)
-    (tmp_path / "probes.jsonl").write_text(f"{json.dumps(GOOD)}\n{broken}\n")
+    broken = change if isinstance(change, (str, bytes)) else json.dumps(GOOD | change)
+    broken = broken if isinstance(broken, bytes) else broken.encode()
+    (tmp_path / "probes.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + broken + b"\n")
     with pytest.raises(UserError, match=message) as caught:
         load_probes(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'probes.jsonl'}, row 2: ") and "\n" not in str(
@@ -327,11 +415,11 @@ def test_a_set_that_is_not_there_or_empty_is_an_error(tmp_path):
 def test_the_command_draws_a_set_and_a_sheet(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
-    noise(60, 60).save(photos / "a.jpg")
+    noise(60, 60).save(photos / "a.JPG", "JPEG")
     code, out, _ = run_main(
         monkeypatch, "data", "--out", tmp_path / "set", "--count", 5, "--backgrounds", photos
     )
-    assert not code and "5 probes in" in "\n".join(out) and any("<answer>" in line for line in out)
+    assert not code and "5 probes in" in "\n".join(out)
     assert len(load_probes(tmp_path / "set")) == 5 and Image.open(tmp_path / "set/sheet.png").width > 1000
 
 
@@ -339,7 +427,9 @@ def test_the_command_draws_a_set_and_a_sheet(tmp_path, monkeypatch):
     "words, message",
     [
         (["--kinds", "plate"], "no probe of kind"),
-        (["--grid", "3"], "look-alikes"),
+        (["--kinds"], "--kinds and --difficulties need at least one value"),
+        (["--grid", "1"], "look-alikes"),
+        (["--grid", "27"], "--grid ends at 26"),
         (["--count", "0"], "--count starts at 1"),
         (["--backgrounds", "nowhere"], "no image files in nowhere"),
     ],
@@ -350,6 +440,16 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, words,
     assert code == 2 and len(errors) == 1 and message in errors[0] and not (tmp_path / "set").exists()
 
 
-def test_the_sheet_shows_each_kind_in_a_row_of_its_own():
+def test_a_folder_that_is_taken_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(data, "draw_scene", None)
+    code, _, err = run_main(monkeypatch, "data", "--out", tmp_path / "file")
+    assert code == 2 and "is a file" in err[-1] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_sheet_shows_each_kind_in_a_row_of_its_own_and_the_target_framed():
     probes = [make_probe(kind, "easy", 0) for kind in PROBE_KINDS]
-    assert data.draw_sheet(probes).height == 12 + 4 * (288 + 36)
+    sheet = data.draw_sheet(probes)
+    x0, y0 = (12 + round(v * 576) for v in probes[0].boxes[0][:2])
+    assert sheet.getpixel((x0, y0)) == (255, 255, 255)
+    assert sheet.height == 12 + 4 * (576 + 36)

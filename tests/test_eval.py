@@ -8,8 +8,6 @@ Lines worth flipping, each with the test that then fails:
     hide_image       overview is the picture            -> each_control_hides_what_it_should
     BlackCropEnv     the first view is black too        -> a_control_shows_the_first_view_as_it_is
     take_likeliest   argmin                             -> a_control_takes_the_likeliest_of_...
-    write_page       views in order, not by turn        -> each_message_stands_beside_the_view_that_it_got
-    write_page       no html.escape                     -> model_text_cannot_become_markup
     main             results.json first                 -> results_are_written_last
     main             limits are not sorted              -> all_files_are_written_and_parse
     main             the same label replaces a curve    -> against_draws_every_curve_with_its_label
@@ -26,14 +24,14 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import noise, run_main
+from conftest import noise, read_cards, run_main
 from PIL import Image
 
 import eval as eval_script
 import rollout as rollout_module
 from data import DIGITS, Probe, save_probes
 from env import Crop, fit_pixels, format_action
-from eval import ANSWER_NOW, correct_within, mean_and_error, summarise, take_likeliest_answer, write_page
+from eval import ANSWER_NOW, correct_within, mean_and_error, summarise, take_likeliest_answer
 from model import token_logprobs
 from rollout import Episode, replay, rollout
 
@@ -114,9 +112,9 @@ def say(monkeypatch, policy, *texts: str) -> None:
     monkeypatch.setattr(rollout_module, "sample_tokens", lambda *_: (np.array([next(ids)]), [0.0]))
 
 
-def images_of(page: Path) -> list[np.ndarray]:
-    found = map(base64.b64decode, re.findall(r'base64,([^"]+)', page.read_text()))
-    return [np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), int) for png in found]
+def read_pixels(url: str) -> np.ndarray:
+    """An image of a page, from its data: URL."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"), int)
 
 
 @pytest.mark.parametrize("control", ["none", "blind", "overview", "black_crop"])
@@ -127,9 +125,10 @@ def test_each_control_hides_what_it_should(saved, policy, tmp_path, monkeypatch,
     code, _, error = play(monkeypatch, saved, tmp_path, "--data", tmp_path / "set", "--control", control)
     results = json.loads((tmp_path / "results.json").read_text())
     assert (code, results["control"], results["stops"]["answer"]) == (0, control, 1.0), error
-    picture, crop = images_of(tmp_path / "trajectories.html")  # 96 pixels, and a crop of 48
-    below, grey = picture[200:, 200:], {"blind": [128], "black_crop": [0]}  # below the frame that is drawn
-    assert (below.std() > 30) == (control in ("none", "black_crop"))
+    (card,) = read_cards(tmp_path / "trajectories.html")
+    picture, crop = read_pixels(card["picture"]), read_pixels(card["turns"][0]["view"])
+    grey = {"blind": [128], "black_crop": [0]}
+    assert (picture.std() > 30) == (control in ("none", "black_crop"))
     assert (crop.std() > 30) == (control == "none")
     assert control not in grey or np.unique(crop).tolist() == grey[control]
 
@@ -168,22 +167,10 @@ def test_a_control_takes_the_likeliest_of_the_possible_answers(policy, monkeypat
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def test_model_text_cannot_become_markup(policy):
-    probe = Probe(checkers(), 'Is <b>this</b> "bold" & red?', "<i>red</i>")
-    said = "<think></code><script>alert(1)</script><img src=x onerror=y></think><answer>red</answer>"
-    page = write_page([replay(policy, probe, [said])])
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "wrong, the answer is &lt;i&gt;" in page
-    tags = re.findall(r"<(\w+)", page)  # what is escaped holds no <
-    assert not {"script", "i"} & set(tags) and tags.count("b") == tags.count("img") == tags.count("li") == 1
-
-
-def test_each_message_stands_beside_the_view_that_it_got(policy):
-    """A crop that failed got no view; the view belongs to the crop that worked."""
+def test_a_row_holds_all_of_an_episode(policy):
     bad = LOOK.replace("original_image", "observation_7")
     e = replay(policy, Probe(checkers(), "?", "red"), [bad, LOOK, bad, "<answer>red</answer>"])
-    page, row = write_page([e]), json.loads(json.dumps(eval_script.make_row(e)))
-    assert ["<img" in item for item in re.findall(r"<li>(.*?)</li>", page)] == [False, True, False, False]
-    assert "correct (stop: answer, 4 turns)" in page
+    row = json.loads(json.dumps(eval_script.make_row(e)))
     assert row["crops"] == [{"box": [0.0, 0.0, 0.5, 0.5], "source": 0}] and row["messages"] == e.texts
     assert (row["prediction"], row["reward"], row["errors"]) == ("red", 1.0, ["bad_source"] * 2)
 
@@ -217,7 +204,7 @@ def test_all_files_are_written_and_parse(saved, tmp_path, monkeypatch):
     assert (results["label"], results["probes"], results["samples"]) == (saved.name, 2, 2)
     assert len(rows) == 4 and rows[0]["seed"] == rows[1]["seed"] != rows[2]["seed"]
     assert Image.open(out / "curve.png").width > 300
-    assert len(re.findall("<section>", (out / "trajectories.html").read_text())) == 3
+    assert len(read_cards(out / "trajectories.html")) == 3
     files = [".lock", "curve.png", "episodes.jsonl", "results.json", "trajectories.html"]
     assert sorted(path.name for path in out.iterdir()) == files
     assert said[0].startswith("turn limit") and said[-1].startswith("4 episodes")
@@ -289,9 +276,9 @@ def test_a_policy_behind_a_server_fills_the_same_table(served, tmp_path):
     assert [row["accuracy"] for row in results["curve"].values()] == [1 / 3, 1 / 3, 2 / 3]
     assert [row["prediction"] for row in rows] == ["0", "0", "1", "1", "3", "3"]
     assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0.7, 6)}
-    for section in (tmp_path / "out/trajectories.html").read_text().split("<section>")[1:]:
-        items = ["<img" in item for item in re.findall(r"<li>(.*?)</li>", section)]
-        assert items == ([False, True, False] if "Number 1" in section else [False]) and "<b>x" not in section
+    for card in read_cards(tmp_path / "out/trajectories.html"):
+        views = [turn["view"] is not None for turn in card["turns"]]
+        assert views == ([False, True, False] if "Number 1" in card["question"] else [False])
     assert "by_category  a 100.0 +- 0.0  b 0.0 +- 0.0" in said
 
 
@@ -307,7 +294,7 @@ def test_a_judge_that_fails_is_reported_and_its_answers_are_not_wrong(serve, ser
     assert results["unjudged"] == 1 and any(line.endswith("unjudged 1") for line in said)
     assert results["curve"]["4"] == {"accuracy": 1.0, "error": 0.0, "questions": 2}
     assert [row["reward"] for row in rows] == [1.0, 1.0, None]
-    assert "unjudged (stop: answer" in (tmp_path / "out/trajectories.html").read_text()
+    assert "unjudged" in {card["verdict"] for card in read_cards(tmp_path / "out/trajectories.html")}
 
 
 MISTAKES = {

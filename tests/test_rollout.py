@@ -35,8 +35,12 @@ Not seen by any test: `itself` alone (torch 2.13 returns zeros, not NaN, where a
 """
 
 import dataclasses
+import html
 import itertools
+import json
 import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 from common import UserError
@@ -44,7 +48,7 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import noise, noise_probes, run_main, with_protocol
+from conftest import noise, noise_probes, read_cards, run_main, with_protocol
 from PIL import Image
 from test_model import plain_logprobs
 
@@ -55,7 +59,7 @@ from endpoint import play_episode
 from env import Answer, Crop, CropEnv, format_action
 from eval import BlackCropEnv
 from model import load_policy, token_logprobs
-from rollout import Episode, Wave, boxes_in_original, describe, draw_search, replay, rollout
+from rollout import Episode, Wave, boxes_in_original, describe, draw_search, replay, rollout, write_page
 
 PROBES = noise_probes((288, 288), (200, 120), (90, 300), (64, 40))
 
@@ -118,7 +122,7 @@ def talkative(ragged):
     """The ragged policy, with a better chance of ending its turns, also by a call."""
     policy = with_protocol(ragged, ragged.protocol)
     (call,) = policy.encode('], "source": "original_image"}</grounding>')
-    policy.banned[[policy.im_end, call]] = torch.tensor([4.0, 3.0])
+    policy.banned[[policy.im_end, call]] = torch.tensor([6.5, 5.0])
     return policy
 
 
@@ -401,7 +405,7 @@ def test_views_made_again_are_those_that_were_shown(ragged, env_class, monkeypat
 
 
 def test_a_look_of_the_warm_up_keeps_its_crop(policy):
-    looks = [data.make_probe("attribute", "easy", seed, candidates=1) for seed in (4, 5)]
+    looks = [data.make_probe("attribute", "easy", seed, regions=1, grid=1, candidates=1) for seed in (0, 1)]
     episodes = [replay(policy, probe, data.write_look(probe), data.WarmUpEnv) for probe in looks]
     assert [e.stop for e in episodes] == ["turn_limit", "answer"]
     for episode in episodes:
@@ -565,21 +569,94 @@ def words(policy, tmp_path_factory):
 
 
 def test_the_command_searches_a_photo_and_draws_where(words, tmp_path, monkeypatch):
-    out, script = tmp_path / "new" / "looks.png", [look(0.5, 0.5, 1, 1), answer("red")]
+    out, script = tmp_path / "new" / "looks", [look(0.5, 0.5, 1, 1), answer("red")]
     words = list(itertools.chain(*words.items(), ("--out", out, "--device", "cpu")))
     code, said, _ = run_main(monkeypatch, "rollout.py", *words, "--max_turn_tokens", 20)  # a random policy
-    assert code == 0 and said[-2:] == ["stop: void   answer: None", f"where it looked: {out}"]
+    files = f"where it looked: {out}.png; turn by turn: {out}.html"
+    assert code == 0 and said[-2:] == ["stop: void   it says: None", files]
     scripted = lambda policy, probes, **options: say(policy, probes, [script], **options)  # noqa: E731
     monkeypatch.setattr(rollout_module, "rollout", scripted)
     code, said, _ = run_main(monkeypatch, "rollout.py", *words)
-    assert said[:2] == [f" 1. {script[0]}", f" 2. {script[1]}"]
-    assert said[2:] == ["stop: answer   answer: red", f"where it looked: {out}"]
-    assert Image.open(out).getpixel((600, 271)) == (255, 0, 0)
+    assert said == ["?", f" 1. {script[0]}", f" 2. {script[1]}", "stop: answer   it says: red", files]
+    assert Image.open(f"{out}.png").getpixel((600, 271)) == (255, 0, 0)
+    assert len(read_cards(f"{out}.html")) == 1
 
 
 @pytest.mark.parametrize("wrong", ["--image", "--init"])
 def test_a_mistake_on_the_command_line_is_one_line(words, tmp_path, monkeypatch, wrong):
-    words = words | {wrong: tmp_path / "nowhere", "--out": tmp_path / "x.png"}
+    words = words | {wrong: tmp_path / "nowhere", "--out": tmp_path / "x"}
     code, _, (error,) = run_main(monkeypatch, "rollout.py", *itertools.chain(*words.items()))
     assert code == 2 and "nowhere" in error and error.startswith("error: ")
     assert not (tmp_path / "x.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_each_message_stands_beside_the_view_that_it_got(ragged, tmp_path):
+    """A crop that failed got no view but an error; a crop of a crop lies where it is in the original."""
+    bad, inner = look(0, 0, 1, 1, source=7), look(0.5, 0.0, 1.0, 0.5, source=1)
+    said = [bad, look(0.5, 0.5, 1.0, 1.0), "<think>a</think>b" + inner, "<answer>5</answer>"]
+    episode = replay(ragged, noise_probes((64, 64))[0], said)
+    episode.advantage, episode.masked = -0.5, True
+    write_page(tmp_path / "a.html", [episode])
+    (card,) = read_cards(tmp_path / "a.html")
+    assert [turn["view"] is not None for turn in card["turns"]] == [False, True, True, False]
+    assert [turn["error"] for turn in card["turns"]] == ["bad_source", None, None, None]
+    assert [turn["box"] for turn in card["turns"]] == [None, [0.5, 0.5, 1, 1], [0.75, 0.5, 1, 0.75], None]
+    assert card["turns"][2]["thought"] == "a</think>b<think>next a1" and card["turns"][3]["action"] == said[3]
+    names = ("prediction", "answer", "reward", "verdict", "stop", "advantage", "masked", "size")
+    assert [card[name] for name in names] == ["5", "4", 0.0, "wrong", "answer", -0.5, True, [64, 64]]
+
+
+STEPS = """<script>
+const report = { said: cards.map(card => card.innerText), shown: [] };
+const count = query => current.querySelectorAll(query).length;
+const note = () => report.shown.push(
+  [cards.filter(card => !card.hidden).length, count("li:not(.later)"), count('svg g:not([style*="none"])')]);
+const press = key => { document.dispatchEvent(new KeyboardEvent("keydown", { key })); note(); };
+const choose = (id, value) => {
+  document.getElementById(id).value = value; document.querySelector("form").oninput(); note(); };
+note(); press("ArrowLeft"); press("ArrowLeft"); press("ArrowLeft"); press("ArrowRight");
+choose("verdict", "right"); choose("verdict", ""); choose("least", 3); choose("least", "");
+choose("kind", "sign");
+report.scripts = document.scripts.length;
+report.loaded = [...document.images].every(image => image.naturalWidth);
+document.title = JSON.stringify(report);
+</script>"""
+
+
+def test_the_page_works_in_a_browser_and_text_cannot_become_markup(ragged, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> & \u2028'
+    probes = noise_probes((64, 64), (96, 64))
+    probes[0].question, probes[1].source = evil, "sign"
+    scripts = [
+        [
+            look(0.5, 0.5, 1.0, 1.0),
+            look(0.5, 0.0, 1.0, 0.5, source=1),
+            f"<think>{evil}</think><answer>5</answer>",
+        ]
+    ]
+    scripts.append(["<answer>4</answer>"])
+    write_page(tmp_path / "a.html", [replay(ragged, *pair) for pair in zip(probes, scripts)])
+    page = (tmp_path / "a.html").read_text().replace("</body>", STEPS + "</body>")
+    (tmp_path / "a.html").write_text(page)
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'user'}",
+        "--dump-dom",
+        str(tmp_path / "a.html"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in run.stderr, run.stderr
+    report = json.loads(html.unescape(re.search("<title>(.*?)</title>", run.stdout, re.DOTALL)[1]))
+    # [episodes shown, turns reached, boxes drawn] after each step
+    keys = [[2, 3, 2], [2, 2, 2], [2, 1, 1], [2, 1, 1], [2, 2, 2]]
+    assert report["shown"] == [*keys, [1, 1, 0], [2, 1, 0], [1, 2, 2], [2, 2, 2], [1, 1, 0]]
+    first = report["said"][0]
+    assert first.count("alert(1)") == 2 and "wrong: it said 5, the answer is 4" in first
+    assert report["loaded"] and report["scripts"] == 3
