@@ -8,9 +8,9 @@ possible answers), so knowing the colors of all plates, but not which is which, 
 25 %.
 
     kind         on a plate             question                                 answer
-    attribute    a shape, a letter      What color is the tag with the star?     red, green, blue, yellow
+    attribute    a shape, a letter      What color is the tag with the star on it?  a color
     sign         a letter, a digit      What number is on sign K?                2, 4, 7, 9
-    conjunction  a shape, a digit       What color is the tag with star and 7?   a color
+    conjunction  a shape, a digit       What color is the tag with star and 7?      a color
     relation     a digit and a shape    What number is left of the star?         a digit
 
 The scripted searcher knows the scene. It plays the cold-start searches: depth-first or trial-and-error, the
@@ -39,13 +39,13 @@ from pathlib import Path
 from common import UserError, cli, write_atomic, write_lines
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import Crop, CropEnv, fit_pixels, format_action, grade, load_image
+from env import Box, Crop, CropEnv, fit_pixels, format_action, grade, load_image
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
-DIFFICULTIES = {  # numbers of look-alikes K, height of a glyph in cells, contrast of the background
+DIFFICULTIES = {  # numbers of look-alikes K, height of a glyph in plates, contrast of the background
     "easy": ((4,), 0.42, 20),
     "medium": ((8,), 0.42, 40),
     "hard": ((12, 16), 0.42, 60),
@@ -54,8 +54,9 @@ COLORS = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "
 SHAPES = ("star", "ring", "cross", "triangle", "square", "heart")
 LETTERS = ("A", "C", "H", "K", "T", "X")
 DIGITS = ("2", "4", "7", "9")
-INK = (30, 30, 36)  # letters and digits
-BOARD, RIM = (44, 48, 58), (165, 160, 150)  # what the plates of a region lie on, and its edge
+INK = (30, 30, 36)  # shapes, letters and digits
+PLATE = 0.5  # side of a plate in cells
+BOARD = (190, 90, 210)  # what the plates of a region lie on; no background is so bright
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Probe:
     question: str
     answer: str | list[str]
     options: dict[str, str] | None = None
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
     source: str = ""
     difficulty: str = ""
     meta: dict = field(default_factory=dict)
@@ -191,41 +192,38 @@ def _levels(contrast: float) -> list[int]:
 
 
 def _draw_plate(
-    image: Image.Image, parts: tuple[str, str, str], x: float, y: float, cell: int, size: int, tone: int
+    image: Image.Image, parts: tuple[str, str, str], x: float, y: float, cell: int, height: float, tone: int
 ) -> None:
     """A grey plate centered on pixel (x, y): two glyphs side by side, and a bar of its color below them."""
     left, right, color = parts
-    w, h, bar = 0.92 * cell, 0.62 * cell, 0.14 * cell
+    side = PLATE * cell
+    size = round(height * side)
+    w, h, bar = 0.92 * side, 0.62 * side, 0.14 * side
     draw = ImageDraw.Draw(image)
     edges = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-    draw.rounded_rectangle(edges, radius=0.08 * cell, fill=(tone,) * 3)
+    draw.rounded_rectangle(edges, radius=0.08 * side, fill=(tone,) * 3)
     draw.rectangle((x - w / 2 + 1, y + h / 2 - bar, x + w / 2 - 1, y + h / 2 - 1), fill=COLORS[color])
-    for name, side in ((left, -1), (right, 1)):
-        sprite = _sprite(name, size, cell / 16)  # cell / 16: the blur of the overview
-        center = x + side * 0.22 * cell, y - bar / 2
+    for name, direction in ((left, -1), (right, 1)):
+        sprite = _sprite(name, size, cell / 32)  # cell / 32: the blur of the view of a region
+        center = x + direction * 0.22 * side, y - bar / 2
         image.paste(sprite, tuple(round(v - size / 2) for v in center), sprite)
 
 
 def draw_scene(probe: Probe) -> Image.Image:
-    """The picture of a scene: background, plates, uneven light over both."""
-    meta = probe.meta
+    """The picture of a scene: background, a board in each region with plates, the plates."""
+    meta, (_, glyph, contrast) = probe.meta, DIFFICULTIES[probe.difficulty]
     rng, noise = random.Random(meta["draw_seed"]), np.random.default_rng(meta["draw_seed"])
-    _, glyph, contrast = DIFFICULTIES[probe.difficulty]
     cell, region = meta["cell"], meta["grid"] * meta["cell"]  # pixels per side
-    side = meta["regions"] * region
     photo = load_image(meta["photo"]) if meta["photo"] else None
-    image = _background(side, contrast, photo, noise)
+    image = _background(meta["regions"] * region, contrast, photo, noise)
     for x, y in sorted({split_cell(item["cell"], meta["grid"])[0] for item in meta["items"]}):
-        inset = rng.uniform(0.05, 0.15) * cell
+        inset = rng.uniform(0.02, 0.08) * cell
         edges = [v * region + d for v, d in zip((x, y, x + 1, y + 1), (inset, inset, -inset, -inset))]
-        ImageDraw.Draw(image).rectangle(edges, fill=BOARD, outline=RIM, width=max(1, cell // 8))
+        ImageDraw.Draw(image).rectangle(edges, fill=BOARD)
     for item in meta["items"]:
-        x, y = ((v + 0.5 + rng.uniform(-0.02, 0.02)) * cell for v in item["cell"])
-        _draw_plate(image, item["parts"], x, y, cell, round(glyph * cell), rng.randint(205, 235))
-    light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 500
-    light = Image.fromarray(np.uint8(255 * np.clip(light, 0, 1)))
-    light = light.resize((side, side), Image.Resampling.BILINEAR)
-    return ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
+        x, y = ((v + 0.5 + rng.uniform(-0.01, 0.01)) * cell for v in item["cell"])
+        _draw_plate(image, item["parts"], x, y, cell, glyph, rng.randint(205, 235))
+    return image
 
 
 # ---------------------------------------------------------------------------------------------- probes
@@ -264,7 +262,7 @@ def _paint_plates(kind: str, count: int, rng: random.Random) -> tuple[str, list[
             parts = (shape, answer, color)
         items.append({"parts": parts, "answer": answer})
     return {
-        "attribute": (f"What color is the tag with the {shape}?", items, [(0, shape)], 2),
+        "attribute": (f"What color is the tag with the {shape} on it?", items, [(0, shape)], 2),
         "sign": (f"What number is on sign {letter}?", items, [(0, letter)], 1),
         "conjunction": (
             f"What color is the tag with {shape} and {digit}?",
@@ -282,8 +280,8 @@ def make_scene(
     seed: int,
     *,
     regions: int = 3,
-    grid: int = 6,
-    cell: int = 48,
+    grid: int = 3,
+    cell: int = 96,
     candidates: int | None = None,
     backgrounds: list[str] | None = None,
 ) -> Probe:
@@ -318,7 +316,7 @@ def make_scene(
     meta = {"k": count, "regions": regions, "grid": grid, "cell": cell, "seed": seed}
     meta |= {"draw_seed": rng.getrandbits(64), "items": items, "checks": checks, "reads": reads}
     meta["photo"] = rng.choice(backgrounds) if backgrounds else None
-    boxes = [cell_box(items[0]["cell"], regions * grid, decimals=4)]
+    boxes = [plate_box(items[0]["cell"], regions * grid, decimals=4)]
     return Probe(None, question, answer, boxes=boxes, source=kind, difficulty=difficulty, meta=meta)
 
 
@@ -343,10 +341,15 @@ def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: in
         yield make_scene(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
 
 
-def cell_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> tuple[float, float, float, float]:
-    """The box of a cell (column, row), xyxy relative, in as many decimals as the searcher writes."""
-    x, y = cell
-    return tuple(round(v / grid, decimals) for v in (x, y, x + 1, y + 1))
+def region_box(region: tuple[int, int], regions: int) -> Box:
+    """The box of a region (column, row) in the picture, xyxy relative, as the searcher writes it."""
+    return tuple(round(v / regions, 2) for v in (*region, region[0] + 1, region[1] + 1))
+
+
+def plate_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> Box:
+    """The box of the plate in the middle of a cell (column, row) of its region, or of the picture."""
+    (x, y), edge = cell, (1 - PLATE) / 2
+    return tuple(round(v / grid, decimals) for v in (x + edge, y + edge, x + 1 - edge, y + 1 - edge))
 
 
 def split_cell(cell: tuple[int, int], grid: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -458,22 +461,22 @@ def _crop_text(thought: str, box: tuple[float, ...], source: int = 0) -> str:
 
 
 def _compare(probe: Probe, item: dict | None) -> str:
-    """The thought over a crop: each thing wanted beside what is seen, up to the first that is missing."""
-    thoughts = []
+    """The thought over a crop: what is seen, then each thing wanted, up to the first that is missing."""
+    thought = f"see {', '.join(item['parts']) if item else 'nothing'}"
     for index, wanted in probe.meta["checks"]:
-        seen = item["parts"][index] if item else "nothing"
-        thoughts.append(f"want {wanted}: see {seen}, {'yes' if seen == wanted else 'no'}")
-        if seen != wanted:
-            return ", ".join(thoughts)
-    return ", ".join([*thoughts, f"read {item['parts'][probe.meta['reads']]}"])
+        found = item is not None and item["parts"][index] == wanted
+        thought += f", want {wanted}: {'yes' if found else 'no'}"
+        if not found:
+            return thought
+    return f"{thought}, read {item['parts'][probe.meta['reads']]}"
 
 
 def _plan(places: Iterable[tuple[int, int]], size: int, slip: float, rng: random.Random) -> list:
-    """The places to visit, in blocks of 2 x 2. `slip`: chance, per place, that an empty one is among them."""
+    """The places to visit, row by row. slip: chance, per place, that an empty one is taken for one more."""
     places = list(places)
     empty = [(x, y) for y in range(size) for x in range(size) if (x, y) not in places]
     slips = min(sum(rng.random() < slip for _ in places), len(empty))
-    return sorted([*places, *rng.sample(empty, slips)], key=lambda p: (p[1] // 2, p[0] // 2, p[1], p[0]))
+    return sorted([*places, *rng.sample(empty, slips)], key=lambda place: place[::-1])
 
 
 def write_search(
@@ -501,12 +504,13 @@ def write_search(
     texts, misses = [], 0
     for region in order:
         name = region_name(region, regions)
-        texts.append(_crop_text(f"{thought} {name}", cell_box(region, regions)))
+        texts.append(_crop_text(f"{thought} {name}", region_box(region, regions)))
         source = len(texts)  # the observation that shows this region
         cells = _plan(at.get(region, ()), grid, slip, rng)
-        thought = f"in {name}: plates {' '.join(map(cell_name, cells)) or 'nothing'}"
+        goal = probe.meta["checks"][0][1]
+        thought = f"in {name}, want {goal}, see plates {' '.join(map(cell_name, cells)) or 'nothing'}"
         for cell in cells if step == "next" else rng.sample(cells, len(cells)):
-            texts.append(_crop_text(f"{thought}, {step} {cell_name(cell)}", cell_box(cell, grid), source))
+            texts.append(_crop_text(f"{thought}, {step} {cell_name(cell)}", plate_box(cell, grid), source))
             item = at.get(region, {}).get(cell)
             thought = _compare(probe, item)
             if item is not None and item["target"]:
@@ -521,9 +525,9 @@ def write_search(
 
 
 def write_look(probe: Probe) -> list[str]:
-    """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen."""
+    """Warm-up: two messages over a picture of a single plate, a crop of it and what is seen."""
     (item,) = probe.meta["items"]
-    look = _crop_text("look", (0.0, 0.0, 1.0, 1.0))
+    look = _crop_text("look", plate_box((0, 0), 1))
     thought = _compare(probe, item)
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
@@ -578,8 +582,8 @@ class Config:
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
     regions: int = 3  # regions per side of the picture
-    grid: int = 6  # cells per side of a region
-    cell: int = 48  # pixels per side of a cell
+    grid: int = 3  # cells per side of a region
+    cell: int = 96  # pixels per side of a cell; a plate takes half of it
     backgrounds: Path | None = None  # folder of photographs to lie under the plates; default: drawn clutter
 
 
@@ -617,8 +621,8 @@ def list_photos(folder: Path) -> list[str]:
 def main(cfg: Config) -> None:
     refuse_old_set(cfg.out)
     photos = list_photos(cfg.backgrounds) if cfg.backgrounds else None
-    if cfg.count < 1 or cfg.cell < 16 or cfg.grid > 26:  # 26: columns are named a to z
-        raise UserError("--count starts at 1, --cell at 16, and --grid ends at 26")
+    if cfg.count < 1 or cfg.cell < 32 or cfg.grid > 26:  # 26: columns are named a to z
+        raise UserError("--count starts at 1, --cell at 32, and --grid ends at 26")
     options = {"regions": cfg.regions, "grid": cfg.grid, "cell": cfg.cell, "backgrounds": photos}
     stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, **options)
     probes = [next(stream) for _ in tqdm(range(cfg.count), desc="probes")]

@@ -5,10 +5,10 @@ error. One pass at the largest limit gives the whole curve, since the policy doe
 episode counts at limit L when it answered within L turns.
 
 The controls are the acceptance gate for a trained policy; all of them should end near chance. With `blind`
-it sees a grey picture, with `overview` nothing finer than the first view, with `black_crop` every crop is
-black. Their last message is opened for the policy as an answer, and where the possible answers are known
-the likeliest of them is taken, so that neither a refusal to answer nor a broken message passes for
-ignorance.
+it sees a grey picture, with `overview` nothing finer than the first view, with `regions` nothing finer than
+views of whole regions, with `black_crop` every crop is black. Their last message is opened for the policy
+as an answer, and where the possible answers are known the likeliest of them is taken, so that neither a
+refusal to answer nor a broken message passes for ignorance.
 
 results.json is written last: after a crash, the same command starts again and gives what it would have given.
 
@@ -76,7 +76,9 @@ class Config(PolicyFlags):
     model: str = ""  # its name there
     turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve, from one pass
     trained_limit: int = 6  # of GRPO, marked in the figure
-    control: Literal["none", "blind", "overview", "black_crop"] = "none"  # what is hidden, see above
+    control: Literal["none", "blind", "overview", "regions", "black_crop"] = (
+        "none"  # what is hidden, see above
+    )
     temperature: float = 1.0
     max_context: int = 16384  # tokens per episode before its last turn
     max_turn_tokens: int = 48  # tokens per turn; a longer one is cut, and void (real bases: 1024)
@@ -107,14 +109,15 @@ class BlackCropEnv(CropEnv):
 
 
 def hide_image(probe: Probe, control: str, policy: Policy) -> Probe:
-    """The probe as a control shows it: grey all over, or no finer than the first view."""
+    """The probe as a control shows it: grey all over, or no finer than the first view or those of regions."""
     if control in ("none", "black_crop"):
         return probe
     image = probe.open()
     if control == "blind":
         return replace(probe, image=Image.new("RGB", image.size, (128, 128, 128)))
-    overview = fit_pixels(image, policy.protocol.min_pixels, policy.protocol.max_pixels)
-    return replace(probe, image=overview.resize(image.size))
+    views = probe.meta["regions"] ** 2 if control == "regions" else 1  # that together show the whole image
+    coarse = fit_pixels(image, policy.protocol.min_pixels * views, policy.protocol.max_pixels * views)
+    return replace(probe, image=coarse.resize(image.size))
 
 
 @torch.no_grad()
@@ -186,6 +189,8 @@ def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) ->
         }
 
     crops = sum(len(e.crops) for e in episodes)
+    right = [e for e in scored if e.reward]
+    deep = sum(any(crop.source for crop in e.crops) for e in right)
     return {
         "curve": {str(limit): accuracy(scored, limit) for limit in limits},
         "stops": {name: statistics.fmean(e.stop == name for e in episodes) for name in STOPS},
@@ -195,6 +200,7 @@ def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) ->
         "unjudged": len(episodes) - len(scored),
         "mean_turns": statistics.fmean(e.turns for e in episodes),
         "repeated_crops": sum(len(e.crops) - len(set(e.crops)) for e in episodes) / max(1, crops),
+        "crops_of_crops": deep / max(1, len(right)),  # share of the right answers with at least one
         "by_source": split(lambda probe: probe.source),
         "by_category": split(lambda probe: probe.meta.get("category") or probe.source),
         "by_k": split(lambda probe: probe.meta.get("k", "unknown")),
@@ -210,7 +216,7 @@ def print_table(results: dict) -> None:
         "stops        " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in results["stops"].items())
     )
     line = "mean turns   {mean_turns:.1f}   repeated crops {repeated_crops:.1%}   unjudged {unjudged}"
-    print(line.format(**results))
+    print(line.format(**results) + f"   right by a crop of a crop {results['crops_of_crops']:.1%}")
     for title in ("by_source", "by_category", "by_k"):
         rows = results[title].items()
         cells = [f"{name} {100 * row['accuracy']:.1f} +- {100 * row['error']:.1f}" for name, row in rows]

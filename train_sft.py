@@ -43,8 +43,7 @@ class Config(PolicyFlags):
     seed: int = 0  # weights and data
     steps: int = 900  # optimizer steps, warm-up included
     warmup_steps: int = 560  # of which so many on single looks: perception first
-    warmup_looks: int = 40  # single looks per warm-up step
-    warmup_plans: int = 10  # beginnings of a planned search per warm-up step
+    warmup_looks: int = 24  # pictures per warm-up step of each: a plate, a region, an overview
     batch: int = 32  # searches per step
     lr: float = 2e-3  # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20  # steps to the peak
@@ -82,19 +81,34 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     seed = rng.getrandbits(48)
     if step < cfg.warmup_steps:
-        plates = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=1, grid=1, candidates=1)
-        plates = itertools.islice(plates, cfg.warmup_looks)
-        looks = [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
-        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
-        probes = itertools.islice(probes, cfg.warmup_plans)
-        plans = [replay(policy, p, data.write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
-        return looks + plans
+        return draw_looks(cfg, policy, rng)
     scenes = data.probe_stream(cfg.kinds, cfg.difficulties, seed)
     shares = {"trial_share": cfg.trial_share, "patient_share": cfg.patient_share, "slip": cfg.slip}
     options = {"impatience": cfg.impatience, "max_turns": cfg.max_turns, **shares}
     searches = data.cold_start(scenes, rng.getrandbits(48), **options)
     played = (replay(policy, probe, texts) for probe, texts in searches)
     return list(itertools.islice((episode for episode in played if episode.reward == 1.0), cfg.batch))
+
+
+def draw_looks(cfg: Config, policy: Policy, rng: random.Random) -> list[Episode]:
+    """The warm-up, perception in three parts, each on pictures that show little else.
+
+    What is on a plate (a picture of one); where the plates of a region are (a picture of one region); which
+    regions hold plates (nine regions, drawn coarsely). Lists are long, since every name in one teaches.
+    """
+
+    def scenes(*counts: int, **size):
+        for _ in range(cfg.warmup_looks):
+            size["candidates"] = rng.choice(counts)
+            yield next(data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), **size))
+
+    def begin(scene: Probe, messages: int) -> list[str]:
+        return data.write_search(scene, rng, pattern="depth_first")[:messages]
+
+    plates, regions = scenes(1, regions=1, grid=1), scenes(4, 4, 8, regions=1)
+    episodes = [replay(policy, scene, data.write_look(scene), WarmUpEnv) for scene in plates]
+    episodes += [replay(policy, scene, begin(scene, 2), WarmUpEnv) for scene in regions]
+    return episodes + [replay(policy, scene, begin(scene, 1)) for scene in scenes(8, 16, 24, 32, cell=32)]
 
 
 class Batches(torch.utils.data.Dataset):

@@ -291,7 +291,7 @@ def test_one_pass_gives_what_a_pass_at_each_limit_gives(served):
 def test_a_judge_that_fails_is_reported_and_its_answers_are_not_wrong(serve, served, tmp_path):
     judge = serve(lambda body: "yes" if "red" in json.dumps(body) else (500, {}))
     _, said, results, rows = served("--judge", judge.url, "--judge_model", "j", "--turn_limits", 4)
-    assert results["unjudged"] == 1 and any(line.endswith("unjudged 1") for line in said)
+    assert results["unjudged"] == 1 and any("unjudged 1 " in line for line in said)
     assert results["curve"]["4"] == {"accuracy": 1.0, "error": 0.0, "questions": 2}
     assert [row["reward"] for row in rows] == [1.0, 1.0, None]
     assert "unjudged" in {card["verdict"] for card in read_cards(tmp_path / "out/trajectories.html")}
