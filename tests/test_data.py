@@ -21,13 +21,15 @@ from data import (
     PROBE_KINDS,
     Probe,
     WarmUpEnv,
-    cell_box,
     cold_start,
     load_probes,
     make_probe,
     make_scene,
+    plate_box,
     probe_stream,
+    region_box,
     save_probes,
+    split_cell,
     write_look,
     write_search,
 )
@@ -67,10 +69,10 @@ def test_the_answers_of_the_look_alikes_are_balanced_and_one_plate_is_the_target
 def test_each_plate_has_a_cell_of_its_own_and_the_gold_box_is_that_of_the_target(kind, seed):
     probe = make_scene(kind, "hard", seed)
     cells = [item["cell"] for item in probe.meta["items"]]
-    assert len(set(cells)) == len(cells) and all(0 <= v < 18 for cell in cells for v in cell)
+    assert len(set(cells)) == len(cells) and all(0 <= v < 9 for cell in cells for v in cell)
     x, y = cells[0]
     (box,) = probe.boxes
-    assert box == pytest.approx((x / 18, y / 18, (x + 1) / 18, (y + 1) / 18), abs=1e-4)
+    assert box == pytest.approx([(v + d) / 9 for d in (0.25, 0.75) for v in (x, y)], abs=1e-4)
 
 
 def test_answers_and_places_are_scattered():
@@ -79,13 +81,13 @@ def test_answers_and_places_are_scattered():
     targets, plates = (
         {item["cell"] for scene in scenes for item in scene.meta["items"][:count]} for count in (1, None)
     )
-    assert len(targets) > 150 and len(plates) == 18 * 18
-    regions = [{(x // 6, y // 6) for x, y in (i["cell"] for i in s.meta["items"])} for s in scenes]
+    assert len(targets) > 75 and len(plates) == 9 * 9
+    regions = [{split_cell(item["cell"], 3)[0] for item in s.meta["items"]} for s in scenes]
     assert {len(occupied) for occupied in regions} == {3, 4, 5}
 
 
 def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
-    """A region is shown at a sixth of its size; a plain drawing differs by 50 of 255 levels there."""
+    """A region is shown at a sixth of its size; plain drawings differ by 50 of 255 levels there."""
     sprites = [data._sprite(name, 20, 3.0).getchannel("A") for name in data.SHAPES + data.LETTERS + DIGITS]
     blurred = [sprite.filter(ImageFilter.GaussianBlur(3)) for sprite in sprites]
     for (a, b), (c, d) in zip(itertools.combinations(sprites, 2), itertools.combinations(blurred, 2)):
@@ -98,18 +100,17 @@ def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
 
 def test_a_board_lies_under_the_plates_of_a_region_and_nowhere_else():
     probe = make_probe("sign", "hard", 0)
-    occupied = {(x // 6, y // 6) for x, y in (item["cell"] for item in probe.meta["items"])}
-    small = np.asarray(probe.image, float).reshape(3, 288, 3, 288, 3).transpose(0, 2, 1, 3, 4)
-    for y, x in itertools.product(range(3), repeat=2):
-        share = (np.abs(small[y, x] - 0.9 * np.array(data.BOARD)).max(-1) < 12).mean()
-        assert (share > 0.6) if (x, y) in occupied else (share < 0.3)
+    occupied = {split_cell(item["cell"], 3)[0] for item in probe.meta["items"]}
+    for x, y in itertools.product(range(3), repeat=2):
+        corner = probe.image.getpixel((x * 288 + 14, y * 288 + 14))  # no plate lies there
+        assert (corner == data.BOARD) == ((x, y) in occupied)
 
 
 def test_a_plate_is_drawn_in_its_cell_in_its_color():
     probe = make_probe("attribute", "hard", 0)
     for item in probe.meta["items"]:
         x, y = item["cell"]
-        red, green, blue = probe.image.getpixel((x * 48 + 24, y * 48 + 36))  # on the bar
+        red, green, blue = probe.image.getpixel((x * 96 + 48, y * 96 + 60))  # on the bar
         nearest = min(
             COLORS, key=lambda name: sum(abs(a - b) for a, b in zip(COLORS[name], (red, green, blue)))
         )
@@ -158,7 +159,7 @@ def test_photographs_lie_under_the_plates(tmp_path):
         plain.meta["items"] == photo.meta["items"]
         and ImageChops.difference(plain.image, photo.image).getbbox()
     )
-    boards = {(x // 6, y // 6) for x, y in (item["cell"] for item in photo.meta["items"])}
+    boards = {split_cell(item["cell"], 3)[0] for item in photo.meta["items"]}
     x, y = next(place for place in itertools.product(range(3), repeat=2) if place not in boards)
     red, green, blue = photo.image.getpixel((x * 288 + 144, y * 288 + 144))
     assert red > 2 * green and red > 2 * blue
@@ -181,12 +182,11 @@ def play(probe, texts, env_class=CropEnv):
     return env, stop
 
 
-def looks_at(probe, texts) -> list[tuple]:
+def looks_at(texts) -> list[tuple]:
     """The searched places in order: (region,) for a crop of the picture, (region, cell) for one of that."""
-    places, regions, cells = (
-        [],
-        *({cell_box((x, y), n): (x, y) for x in range(n) for y in range(n)} for n in (3, 6)),
-    )
+    places: list[tuple] = []
+    grid = list(itertools.product(range(3), repeat=2))
+    regions, cells = ({box(place, 3): place for place in grid} for box in (region_box, plate_box))
     for text in texts[:-1]:
         crop = parse_action(text)
         inside = (places[crop.source - 1][0], cells[crop.box]) if crop.source else (regions[crop.box],)
@@ -201,8 +201,8 @@ def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_mo
     texts = write_search(probe, random.Random(1), pattern=pattern)
     env, stop = play(probe, texts)
     assert stop == "answer" and env.answer == probe.answer and not env.errors
-    plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
-    looks = looks_at(probe, texts)
+    plates = [split_cell(item["cell"], 3) for item in probe.meta["items"]]
+    looks = looks_at(texts)
     assert len(set(looks)) == len(looks) and looks[-1] == plates[0]
     assert set(looks) <= {*plates, *((region,) for region, _ in plates)}
     for region, inside in itertools.groupby(looks[:-1], lambda look: look[0]):
@@ -211,42 +211,42 @@ def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_mo
         if region != looks[-1][0]:
             assert set(inside[1:]) == {plate for plate in plates if plate[0] == region}
     wanted = probe.meta["checks"][0][1]
-    for look, text in zip(looks, texts[1:]):
-        region = data.region_name(look[0])
-        assert (f"want {wanted}: see " if len(look) == 2 else f"in {region}: plates ") in text
+    for look, text in zip(looks, texts[1:]):  # each thought says where it is, or what it sees, and the goal
+        place = "see " if len(look) == 2 else f"in {data.region_name(look[0])}, "
+        assert text.startswith(f"<think>{place}") and f", want {wanted}" in text
 
 
-def test_lists_go_in_blocks_of_two_by_two_and_that_of_the_regions_is_followed_round():
+def test_lists_go_row_by_row_and_that_of_the_regions_is_followed_round():
     probe = make_scene("sign", "hard", 0, candidates=8)
-    for item, cell in zip(
-        probe.meta["items"], [(17, 17), (0, 0), (3, 0), (1, 1), (0, 2), (6, 0), (6, 1), (7, 0)]
-    ):
+    cells = [(8, 8), (0, 0), (2, 0), (1, 1), (0, 2), (3, 0), (3, 1), (4, 0)]
+    for item, cell in zip(probe.meta["items"], cells):
         item["cell"] = cell
     firsts = set()
     for seed in range(30):
         texts = write_search(probe, random.Random(seed), pattern="depth_first")
-        visited = re.findall(r"(?:next|leave) (r\d)", " ".join(texts))
-        firsts.add(visited[0])
         assert texts[0].startswith("<think>regions r1 r2 r9, next ")
-        regions = list(dict.fromkeys(visited))
+        regions = list(dict.fromkeys(re.findall(r"next (r\d)", " ".join(texts))))
+        firsts.add(regions[0])
         assert "r1 r2 r9 r1 r2 r9".find(" ".join(regions)) >= 0 and regions[-1] == "r9"
-        lists = set(re.findall(r"in (r\d: plates .*?),", " ".join(texts)))
-        assert lists <= {"r1: plates a1 b2 d1 a3", "r2: plates a1 b1 a2", "r9: plates f6"}
+        lists = set(re.findall(r"in (r\d), want .*? see (plates .*?),", " ".join(texts)))
+        assert lists <= {("r1", "plates a1 c1 b2 a3"), ("r2", "plates a1 b1 a2"), ("r9", "plates c3")}
     assert firsts == {"r1", "r2", "r9"}
 
 
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
 def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
     probe = make_probe("sign", "hard", 2)
-    texts = write_search(probe, random.Random(0), pattern=pattern, slip=1.0)
-    plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
-    seen = list(zip(looks_at(probe, texts), texts[1:]))
-    cells, regions = ([row for row in seen if len(row[0]) == n] for n in (2, 1))
-    missed = [text for place, text in cells if place not in plates]
-    empty = [text for (region,), text in regions if region not in [plate[0] for plate in plates]]
-    assert missed and all("see nothing, no, after " in text for text in missed)
-    assert empty and all(": plates nothing, leave " in text for text in empty)
-    assert play(probe, texts)[0].answer == probe.answer
+    plates = [split_cell(item["cell"], 3) for item in probe.meta["items"]]
+    goal, missed, empty = probe.meta["checks"][0][1], [], []
+    for seed in range(5):
+        texts = write_search(probe, random.Random(seed), pattern=pattern, slip=1.0)
+        for place, text in zip(looks_at(texts), texts[1:]):
+            if len(place) == 2 and place not in plates:
+                missed.append(f"see nothing, want {goal}: no, after " in text)
+            if len(place) == 1 and place[0] not in [plate[0] for plate in plates]:
+                empty.append("see plates nothing, leave " in text)
+        assert play(probe, texts)[0].answer == probe.answer
+    assert missed and all(missed) and empty and all(empty)
 
 
 def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
@@ -255,7 +255,7 @@ def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
     for impatience, longest in ((1.0, 1), (0.2, 5)):
         for seed in range(40):
             texts = write_search(probe, random.Random(seed), pattern="trial_and_error", impatience=impatience)
-            assert sum("want" in text for text in texts) <= longest
+            assert sum("<think>see" in text for text in texts) <= longest
             if "guess" in texts[-1]:
                 assert parse_action(texts[-1]).text in DIGITS
 
@@ -266,9 +266,10 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
     for target in (True, False):
         scene = next(s for s in scenes if s.meta["items"][0]["target"] == target)
         first, second = write_look(scene)
-        assert parse_action(first) == Crop((0.0, 0.0, 1.0, 1.0), 0)
+        assert parse_action(first) == Crop((0.25, 0.25, 0.75, 0.75), 0)
         assert isinstance(parse_action(second), Answer if target else Crop)
-        assert ("yes, read" if target else ", no") in second
+        seen = ", ".join(scene.meta["items"][0]["parts"])  # all of it is named: that teaches the glyphs
+        assert f"<think>see {seen}, want" in second and (": yes, read" if target else ": no") in second
 
 
 def test_the_warm_up_hides_the_first_view():

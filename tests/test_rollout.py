@@ -409,7 +409,7 @@ def test_a_look_of_the_warm_up_keeps_its_crop(policy):
     episodes = [replay(policy, probe, data.write_look(probe), data.WarmUpEnv) for probe in looks]
     assert [e.stop for e in episodes] == ["turn_limit", "answer"]
     for episode in episodes:
-        assert episode.crops == [Crop((0.0, 0.0, 1.0, 1.0), 0)] and episode.crop_turns == [1]
+        assert episode.crops == [Crop((0.25, 0.25, 0.75, 0.75), 0)] and episode.crop_turns == [1]
         assert len(episode.views()) == 1 and episode.texts == data.write_look(episode.probe)
 
 
