@@ -1,21 +1,22 @@
 """Probes that force a search, and the scripted searcher that shows how to search.
 
-A probe is one image, one question, one right answer. K plates lie scattered over a cluttered picture. From
-afar they all look alike, and only a crop shows what is painted on one. The question names one plate by what
-is painted on it and asks for something else on it, so the K plates must be tried one by one: (K + 1) / 2
-looks on average. K is the difficulty dial. The K answers are exactly balanced (K is a multiple of the four
-possible answers), so knowing the colors of all plates, but not which is which, is worth nothing: chance is
-25 %.
+A probe is one image, one question, one right answer. The picture has two levels. It is cluttered, and some
+of its 3 x 3 regions hold a board; on the boards hang K plates. The first view shows where boards are, a crop
+of a region shows where its plates are, and only a crop of that crop shows what is painted on one. The
+question names one plate by what is painted on it and asks for something else on it, so the K plates must be
+tried one by one: (K + 1) / 2 looks at plates on average. K is the difficulty dial. The K answers are exactly
+balanced (K is a multiple of the four possible answers), so knowing the colors of all plates, but not which
+is which, is worth nothing: chance is 25 %.
 
-    kind         on a plate             question                                 answer
-    attribute    a shape, a letter      What color is the tag with the star on it?  a color
-    sign         a letter, a digit      What number is on sign K?                2, 4, 7, 9
-    conjunction  a shape, a digit       What color is the tag with star and 7?      a color
-    relation     a digit and a shape    What number is left of the star?         a digit
+    kind         on a plate             question                                   answer
+    attribute    a shape, a letter      What color is the tag with the star on it? red, green, blue, yellow
+    sign         a letter, a digit      What number is on sign K?                  2, 4, 7, 9
+    conjunction  a shape, a digit       What color is the tag with star and 7?     a color
+    relation     a digit and a shape    What number is left of the star?           a digit
 
-The scripted searcher knows the scene. It plays the cold-start searches: depth-first or trial-and-error, the
-goal restated at every look, slips that it notices, and an impatience that grows with every miss. Only
-searches that end right are kept (paper, section 3.2).
+The scripted searcher knows the scene. It plays the cold-start searches region by region, depth first or by
+trial and error; it restates the goal at every look, notices slips, and gets more impatient with every miss.
+Only searches that end right are kept (paper, section 3.2).
 
 Published sets become our one format, probes.jsonl, through the scripts in prepare/.
 
@@ -109,10 +110,9 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
         return [(0.5, 0.03), (1, 0.95), (0, 0.95)]
     if shape == "heart":
         angles = [2 * math.pi * i / 40 for i in range(40)]
-        wave = [
-            13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles
-        ]
-        return [(0.5 + 0.031 * 16 * math.sin(a) ** 3, 0.45 - 0.031 * w) for a, w in zip(angles, wave)]
+        waves = ((13, 1), (-5, 2), (-2, 3), (-1, 4))
+        heights = [sum(height * math.cos(n * a) for height, n in waves) for a in angles]
+        return [(0.5 + 0.5 * math.sin(a) ** 3, 0.45 - 0.031 * y) for a, y in zip(angles, heights)]
     return [(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]
 
 
@@ -154,35 +154,28 @@ def _sprite(name: str, size: int, blur_pixels: float) -> Image.Image:
     return sprite
 
 
-def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """Low-frequency noise in [-1, 1], (side, side, channels) float32, in three octaves.
+def _clutter(side: int, rng: np.random.Generator) -> Image.Image:
+    """Colored low-frequency noise in three octaves.
 
     Finer noise would average out when the picture is shrunk to the overview; this does not.
     """
-    noise = np.zeros((side, side, channels), np.float32)
+    noise = np.full((side, side, 3), 127.5, np.float32)
     for octave, strength in ((3, 0.45), (9, 0.32), (27, 0.23)):
-        small = rng.integers(0, 256, (octave, octave, channels), dtype=np.uint8)
-        band = Image.fromarray(small[..., 0] if channels == 1 else small)
-        band = band.resize((side, side), Image.Resampling.BICUBIC)
-        noise += strength * (np.asarray(band, np.float32).reshape(noise.shape) / 127.5 - 1)
-    return noise
+        band = Image.fromarray(rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8))
+        noise += strength * (np.float32(band.resize((side, side), Image.Resampling.BICUBIC)) - 127.5)
+    return Image.fromarray(np.uint8(np.clip(noise, 0, 255)))
 
 
-def _background(
-    side: int, contrast: float, photo: Image.Image | None, rng: np.random.Generator
-) -> Image.Image:
-    """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that plates stand out."""
+def _background(side: int, contrast: float, photo: Image.Image | None, rng: np.random.Generator):
+    """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that boards stand out."""
     if photo is None:
-        part = Image.fromarray(np.uint8(127.5 + 127.5 * np.clip(_clutter(side // 4, 3, rng), -1, 1)))
-        part = part.resize((side, side), Image.Resampling.BILINEAR)
+        part = _clutter(side // 4, rng)
     else:
         share = float(rng.uniform(0.6, 1.0))
         w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
         left, top = int(rng.integers(0, photo.width - w + 1)), int(rng.integers(0, photo.height - h + 1))
-        part = ImageOps.fit(
-            photo.crop((left, top, left + w, top + h)), (side, side), Image.Resampling.LANCZOS
-        )
-    return part.point(_levels(contrast) * 3)
+        part = photo.crop((left, top, left + w, top + h))
+    return ImageOps.fit(part, (side, side), Image.Resampling.BILINEAR).point(_levels(contrast) * 3)
 
 
 @functools.cache
@@ -261,17 +254,13 @@ def _paint_plates(kind: str, count: int, rng: random.Random) -> tuple[str, list[
         else:
             parts = (shape, answer, color)
         items.append({"parts": parts, "answer": answer})
-    return {
-        "attribute": (f"What color is the tag with the {shape} on it?", items, [(0, shape)], 2),
-        "sign": (f"What number is on sign {letter}?", items, [(0, letter)], 1),
-        "conjunction": (
-            f"What color is the tag with {shape} and {digit}?",
-            items,
-            [(0, shape), (1, digit)],
-            2,
-        ),
-        "relation": (f"What number is left of the {shape}?", items, [(1, shape)], 0),
+    question, checks, reads = {
+        "attribute": (f"What color is the tag with the {shape} on it?", [(0, shape)], 2),
+        "sign": (f"What number is on sign {letter}?", [(0, letter)], 1),
+        "conjunction": (f"What color is the tag with {shape} and {digit}?", [(0, shape), (1, digit)], 2),
+        "relation": (f"What number is left of the {shape}?", [(1, shape)], 0),
     }[kind]
+    return question, items, checks, reads
 
 
 def make_scene(
@@ -292,7 +281,7 @@ def make_scene(
     "checks" and "reads" say how the target is told from the others and where its answer is.
     """
     if kind not in PROBE_KINDS or difficulty not in DIFFICULTIES:
-        choices = f"{', '.join(PROBE_KINDS)}; {', '.join(DIFFICULTIES)}"
+        choices = ", ".join([*PROBE_KINDS, *DIFFICULTIES])
         raise UserError(f"no probe of kind {kind!r}, difficulty {difficulty!r}: choose from {choices}")
     # str seeds hash alike everywhere
     rng = random.Random(f"{kind}/{difficulty}/{seed}/{regions}/{grid}/{candidates}")
@@ -581,31 +570,24 @@ class Config:
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
-    regions: int = 3  # regions per side of the picture
-    grid: int = 3  # cells per side of a region
-    cell: int = 96  # pixels per side of a cell; a plate takes half of it
     backgrounds: Path | None = None  # folder of photographs to lie under the plates; default: drawn clutter
 
 
-def draw_sheet(probes: list[Probe], columns: int = 3, view: int = 48) -> Image.Image:
-    """A contact sheet, a row per kind: each probe, gold box in white, beside its view x view overview."""
-    rows = [[p for p in probes if p.source == kind][:columns] for kind in PROBE_KINDS]
-    rows = [row for row in rows if row]
-    side, gap = min(probes[0].open().width, 576), 12
-    width, height = 2 * side + 3 * gap, side + 3 * gap  # of one probe, its caption included
-    sheet = Image.new("RGB", (gap + columns * width, gap + len(rows) * height), "white")
+def draw_sheet(probes: list[Probe], columns: int = 3, side: int = 576) -> Image.Image:
+    """A contact sheet, a row per kind: each probe, gold box in white, beside its 48 x 48 overview."""
+    gap, rows = 36, [[p for p in probes if p.source == kind][:columns] for kind in PROBE_KINDS]
+    sheet = Image.new("RGB", (2 * columns * (side + gap), len(rows) * (side + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for (r, row), c in itertools.product(enumerate(rows), range(columns)):
-        if c < len(row):
-            probe, x, y = row[c], gap + c * width, gap + r * height
-            image = probe.open()
-            overview = fit_pixels(image, view * view, view * view)
+        for probe in row[c : c + 1]:
+            image, x, y = probe.open(), 2 * c * (side + gap), r * (side + gap)
+            overview = fit_pixels(image, 48 * 48, 48 * 48).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(image.resize((side, side)), (x, y))
-            sheet.paste(overview.resize((side, side), Image.Resampling.NEAREST), (x + side + gap, y))
+            sheet.paste(overview, (x + side + gap // 2, y))
             x0, y0, x1, y1 = (v * side for v in probe.boxes[0])
             draw.rectangle((x + x0, y + y0, x + x1 - 1, y + y1 - 1), outline="white", width=2)
             caption = f"{probe.difficulty}: {probe.question}  {probe.answer}"
-            draw.text((x, y + side + 3), caption, "black", font_size=14)
+            draw.text((x + 3, y + side + 3), caption, "black", font_size=16)
     return sheet
 
 
@@ -621,10 +603,9 @@ def list_photos(folder: Path) -> list[str]:
 def main(cfg: Config) -> None:
     refuse_old_set(cfg.out)
     photos = list_photos(cfg.backgrounds) if cfg.backgrounds else None
-    if cfg.count < 1 or cfg.cell < 32 or cfg.grid > 26:  # 26: columns are named a to z
-        raise UserError("--count starts at 1, --cell at 32, and --grid ends at 26")
-    options = {"regions": cfg.regions, "grid": cfg.grid, "cell": cfg.cell, "backgrounds": photos}
-    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, **options)
+    if cfg.count < 1:
+        raise UserError("--count starts at 1")
+    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, backgrounds=photos)
     probes = [next(stream) for _ in tqdm(range(cfg.count), desc="probes")]
     save_probes(probes, cfg.out)
     png = io.BytesIO()

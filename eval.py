@@ -56,9 +56,7 @@ from train_rl import judge_all, open_judge
 matplotlib.use("Agg")  # no window
 from matplotlib import pyplot  # noqa: E402
 
-ANSWER_NOW = (
-    "<think>guess</think><answer>"  # how a control opens the last message; the searcher guesses so too
-)
+ANSWER_NOW = "<think>guess</think><answer>"  # how a control opens the last message, as the searcher guesses
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,7 @@ class Config(PolicyFlags):
     model: str = ""  # its name there
     turn_limits: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32)  # points of the curve, from one pass
     trained_limit: int = 6  # of GRPO, marked in the figure
-    control: Literal["none", "blind", "overview", "regions", "black_crop"] = (
-        "none"  # what is hidden, see above
-    )
+    control: Literal["none", "blind", "overview", "regions", "black_crop"] = "none"  # see above
     temperature: float = 1.0
     max_context: int = 16384  # tokens per episode before its last turn
     max_turn_tokens: int = 48  # tokens per turn; a longer one is cut, and void (real bases: 1024)
@@ -184,9 +180,8 @@ def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) ->
         groups = defaultdict(list)
         for e in scored:
             groups[str(key(e.probe))].append(e)
-        return {
-            name: accuracy(groups[name], limits[-1]) for name in sorted(groups, key=lambda n: (len(n), n))
-        }
+        names = sorted(groups, key=lambda name: (len(name), name))
+        return {name: accuracy(groups[name], limits[-1]) for name in names}
 
     crops = sum(len(e.crops) for e in episodes)
     right = [e for e in scored if e.reward]
@@ -212,9 +207,8 @@ def print_table(results: dict) -> None:
     print("turn limit   " + "".join(f"{limit:>7s}" for limit in curve))
     print("correct (%)  " + "".join(f"{100 * row['accuracy']:7.1f}" for row in curve.values()))
     print("  +- error   " + "".join(f"{100 * row['error']:7.1f}" for row in curve.values()))
-    print(
-        "stops        " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in results["stops"].items())
-    )
+    stops = (f"{name} {100 * share:.1f} %" for name, share in results["stops"].items())
+    print("stops        " + "  ".join(stops))
     line = "mean turns   {mean_turns:.1f}   repeated crops {repeated_crops:.1%}   unjudged {unjudged}"
     print(line.format(**results) + f"   right by a crop of a crop {results['crops_of_crops']:.1%}")
     for title in ("by_source", "by_category", "by_k"):
@@ -247,13 +241,14 @@ def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None
 
 def make_row(e: Episode) -> dict:
     """One line of episodes.jsonl; "reward" is null where the judge failed."""
-    row = {
-        "question": e.probe.question,
-        "answer": e.probe.answer,
-        "prediction": e.answer,
+    row = {"question": e.probe.question, "answer": e.probe.answer, "prediction": e.answer}
+    row |= {
         "messages": e.texts,
+        "reward": e.reward if e.judged else None,
+        "stop": e.stop,
+        "turns": e.turns,
+        "errors": e.errors,
     }
-    row |= {"reward": e.reward if e.judged else None, "stop": e.stop, "turns": e.turns, "errors": e.errors}
     row |= {"source": e.probe.source, "k": e.probe.meta.get("k"), "seed": e.probe.meta.get("seed")}
     return row | {"crops": [asdict(crop) for crop in e.crops]}
 

@@ -155,11 +155,8 @@ class Episode:
 
     def finish(self, env: CropEnv) -> None:
         """Takes the outcome over from the environment, and grades it."""
-        self.token_ids, self.assistant_mask, self.logprobs = (
-            np.array(self.token_ids, np.int64),
-            np.array(self.assistant_mask, bool),
-            np.array(self.logprobs, np.float32),
-        )
+        self.token_ids, self.assistant_mask = np.array(self.token_ids), np.array(self.assistant_mask, bool)
+        self.logprobs = np.array(self.logprobs, np.float32)
         self.crops, self.crop_turns, self.errors = env.crops, env.crop_turns, env.errors
         self.turns, self.stop, self.answer = env.turn, env.stop, env.answer
         self.view_pixels = env.min_pixels, env.max_pixels

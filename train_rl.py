@@ -60,9 +60,7 @@ class Config(PolicyFlags):
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.3
-    over_turn: Literal["mask", "zero_reward"] = (
-        "mask"  # a limit ended the rollout: leave it out, or call it wrong
-    )
+    over_turn: Literal["mask", "zero_reward"] = "mask"  # a limit ended the rollout: leave it out, or wrong
     baseline: Literal["all", "completed"] = "all"  # rollouts in the mean and std of their group
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = PROBE_KINDS
@@ -142,11 +140,7 @@ def grpo_loss(
     not over-turn. Changes none of its inputs. Each row is the mean over its sampled tokens (reference:
     dp_actor.py:394).
     """
-    assert logp.shape == old_logp.shape == assistant_mask.shape, (
-        logp.shape,
-        old_logp.shape,
-        assistant_mask.shape,
-    )
+    assert logp.shape == old_logp.shape == assistant_mask.shape
     sampled = assistant_mask.bool()  # (B, T)
     trained = sampled & ~over_turn.bool()[:, None]  # (B, T) the over-turn mask
     if denominator is None:

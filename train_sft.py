@@ -41,11 +41,11 @@ class Config(PolicyFlags):
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
-    steps: int = 900  # optimizer steps, warm-up included
-    warmup_steps: int = 560  # of which so many on single looks: perception first
-    warmup_looks: int = 24  # pictures per warm-up step of each: a plate, a region, an overview
+    steps: int = 560  # optimizer steps, warm-up included
+    warmup_steps: int = 300  # of which so many on single looks: perception first
+    warmup_looks: int = 20  # pictures per warm-up step of each: a plate, a region, an overview
     batch: int = 32  # searches per step
-    lr: float = 2e-3  # peak learning rate (AdamW); after the warm-up a cosine
+    lr: float = 1e-3  # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20  # steps to the peak
     lr_floor: float = 0.1  # share of the peak at the end
     weight_decay: float = 0.01
@@ -135,18 +135,14 @@ def load_batches(
 
     A process, not a thread: drawing would compete with training for the interpreter lock.
     """
-    worker = (
-        dict(num_workers=1, prefetch_factor=1, multiprocessing_context="fork")
-        if sys.platform == "linux"
-        else {}
-    )
+    fork = {"num_workers": 1, "prefetch_factor": 1, "multiprocessing_context": "fork"}
     return torch.utils.data.DataLoader(
         Batches(cfg, policy, written),
         batch_size=None,
         sampler=range(start, cfg.steps),
         collate_fn=lambda batch: batch,
         worker_init_fn=ignore_interrupts,
-        **worker,
+        **(fork if sys.platform == "linux" else {}),
     )
 
 

@@ -634,7 +634,6 @@ BAD_FLAGS = {
     "--over_turn zero_reward --baseline completed": "zero_reward and --baseline completed contradict",
     "--questions 5 --updates 2": "--questions 5 is not a multiple of --updates 2",
     "--init nowhere": "error: cannot load nowhere",
-    "": "error: --init: no policy in runs/sft; train one first: python train_sft.py",
 }
 
 
