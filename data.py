@@ -169,13 +169,13 @@ def _clutter(side: int, rng: np.random.Generator) -> Image.Image:
 def _background(side: int, contrast: float, photo: Image.Image | None, rng: np.random.Generator):
     """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that boards stand out."""
     if photo is None:
-        part = _clutter(side // 4, rng)
+        part = _clutter(side // 8, rng)
     else:
         share = float(rng.uniform(0.6, 1.0))
         w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
         left, top = int(rng.integers(0, photo.width - w + 1)), int(rng.integers(0, photo.height - h + 1))
-        part = photo.crop((left, top, left + w, top + h))
-    return ImageOps.fit(part, (side, side), Image.Resampling.BILINEAR).point(_levels(contrast) * 3)
+        part = ImageOps.fit(photo.crop((left, top, left + w, top + h)), (side, side))
+    return part.point(_levels(contrast) * 3).resize((side, side), Image.Resampling.BILINEAR)
 
 
 @functools.cache
