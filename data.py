@@ -450,14 +450,14 @@ def _crop_text(thought: str, box: tuple[float, ...], source: int = 0) -> str:
 
 
 def _compare(probe: Probe, item: dict | None) -> str:
-    """The thought over a crop: what is seen, then each thing wanted, up to the first that is missing."""
-    thought = f"see {', '.join(item['parts']) if item else 'nothing'}"
+    """The thought over a crop: each thing wanted beside what is seen, up to the first that is missing."""
+    thoughts = []
     for index, wanted in probe.meta["checks"]:
-        found = item is not None and item["parts"][index] == wanted
-        thought += f", want {wanted}: {'yes' if found else 'no'}"
-        if not found:
-            return thought
-    return f"{thought}, read {item['parts'][probe.meta['reads']]}"
+        seen = item["parts"][index] if item else "nothing"
+        thoughts.append(f"want {wanted}: see {seen}, {'yes' if seen == wanted else 'no'}")
+        if seen != wanted:
+            return ", ".join(thoughts)
+    return ", ".join([*thoughts, f"read {item['parts'][probe.meta['reads']]}"])
 
 
 def _plan(places: Iterable[tuple[int, int]], size: int, slip: float, rng: random.Random) -> list:
@@ -514,10 +514,13 @@ def write_search(
 
 
 def write_look(probe: Probe) -> list[str]:
-    """Warm-up: two messages over a picture of a single plate, a crop of it and what is seen."""
+    """Warm-up: two messages over a picture of a single plate, a crop of it and what is seen.
+
+    The second one also names all that is on the plate, wanted or not: so the glyphs are learned much sooner.
+    """
     (item,) = probe.meta["items"]
     look = _crop_text("look", plate_box((0, 0), 1))
-    thought = _compare(probe, item)
+    thought = f"{_compare(probe, item)}, on it: {', '.join(item['parts'])}"
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
     return [look, look.replace("<think>", f"<think>{thought}, ")]

@@ -41,8 +41,8 @@ class Config(PolicyFlags):
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
-    steps: int = 620  # optimizer steps, warm-up included
-    warmup_steps: int = 320  # of which so many on single looks: perception first
+    steps: int = 700  # optimizer steps, warm-up included
+    warmup_steps: int = 360  # of which so many on single looks: perception first
     warmup_looks: int = 20  # pictures per warm-up step of each: a plate, a region, an overview
     batch: int = 32  # searches per step
     lr: float = 1e-3  # peak learning rate (AdamW); after the warm-up a cosine

@@ -48,6 +48,7 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import noise, noise_probes, read_cards, run_main, with_protocol
 from PIL import Image
 from test_model import plain_logprobs
@@ -580,6 +581,28 @@ def test_the_command_searches_a_photo_and_draws_where(words, tmp_path, monkeypat
     assert said == ["?", f" 1. {script[0]}", f" 2. {script[1]}", "stop: answer   it says: red", files]
     assert Image.open(f"{out}.png").getpixel((600, 271)) == (255, 0, 0)
     assert len(read_cards(f"{out}.html")) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny_sft", "tiny_rl"])
+def test_the_checkpoints_open_anywhere_and_find_what_they_are_said_to_find(name):
+    """Sampling may part where processors round differently, so a few probes may."""
+    path = rollout_module.CHECKPOINTS / name
+    said = re.search(rf"`{name}` (\d+) of 40", (path.parent / "README.md").read_text())[1]
+    network = transformers.AutoModelForImageTextToText.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert network.config.text_config.vocab_size == len(tokenizer)
+    probes = list(itertools.islice(data.probe_stream(data.PROBE_KINDS, ("hard",), 40), 40))
+    episodes = rollout(load_policy(str(path), device="cpu"), probes, max_turns=32, max_turn_tokens=48)
+    assert abs(sum(e.reward for e in episodes) - int(said)) <= 6
+
+
+def test_without_arguments_the_command_searches_a_fresh_probe_with_the_checkpoint(tmp_path, monkeypatch):
+    code, said, _ = run_main(monkeypatch, "rollout.py", "--out", tmp_path / "search", "--seed", 1)
+    probe = next(data.probe_stream(data.PROBE_KINDS, ("hard",), 1))
+    (card,) = read_cards(tmp_path / "search.html")
+    assert code == 0 and said[0] == probe.question == card["question"] and len(card["turns"]) == len(said) - 3
+    assert said[1].startswith(" 1. <think>regions ") and f"the answer is {probe.answer}" in said[-2]
+    assert any(turn["box"] and "observation_" in turn["action"] for turn in card["turns"])  # a crop of a crop
 
 
 @pytest.mark.parametrize("wrong", ["--image", "--init"])
