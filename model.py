@@ -119,8 +119,8 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     wording = """system\\n|user\\n|assistant\\n|Search the picture.|Observation |That failed.|
 What color is the tag with |the | on it| and |What number |is on |sign |is left of |
 <think>|</think>|<answer>|</answer>|<grounding>{"bbox_2d": [|], "source": "original_image"}</grounding>|
-], "source": "observation_|"}</grounding>|<think>look|, look|<think>want |, want |: see |nothing|, yes|, no|, read |, on it: |
-<think>regions|<think>in|, see| plates|, next|, after|, leave|, try|, guess|, """
+], "source": "observation_|"}</grounding>|<think>look|, look|<think>want |, want |: see |nothing|
+, yes|, no|, read |, on it: |<think>regions|<think>in|, see| plates|, next|, after|, leave|, try|, guess|, """
     phrases = [phrase.replace("\\n", "\n") for phrase in wording.replace("|\n", "|").split("|")]
     phrases += [*SHAPES, *COLORS, *coordinates, *(f"{c}, " for c in coordinates)]
     phrases += [f" {name((x, y))}" for name in (region_name, cell_name) for y in range(3) for x in range(3)]

@@ -195,9 +195,13 @@ def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_mo
         if region != looks[-1][0]:
             assert set(inside[1:]) == {plate for plate in plates if plate[0] == region}
     wanted = probe.meta["checks"][0][1]
-    for look, text in zip(looks, texts[1:]):  # each thought says where it is, or what it sees, and the goal
-        place = "see " if len(look) == 2 else f"in {data.region_name(look[0])}, "
-        assert text.startswith(f"<think>{place}") and f", want {wanted}" in text
+    for look, text in zip(looks, texts[1:]):  # each thought keeps the goal
+        goal = (
+            f"want {wanted}: see "
+            if len(look) == 2
+            else f"in {data.region_name(look[0])}, want {wanted}, see "
+        )
+        assert text.startswith(f"<think>{goal}")
 
 
 def test_lists_go_row_by_row_and_that_of_the_regions_is_followed_round():
@@ -226,7 +230,7 @@ def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
         texts = write_search(probe, random.Random(seed), pattern=pattern, slip=1.0)
         for place, text in zip(looks_at(texts), texts[1:]):
             if len(place) == 2 and place not in plates:
-                missed.append(f"see nothing, want {goal}: no, after " in text)
+                missed.append(f"want {goal}: see nothing, no, after " in text)
             if len(place) == 1 and place[0] not in [plate[0] for plate in plates]:
                 empty.append("see plates nothing, leave " in text)
         assert play(probe, texts)[0].answer == probe.answer
@@ -239,7 +243,7 @@ def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
     for impatience, longest in ((1.0, 1), (0.2, 5)):
         for seed in range(40):
             texts = write_search(probe, random.Random(seed), pattern="trial_and_error", impatience=impatience)
-            assert sum("<think>see" in text for text in texts) <= longest
+            assert sum("<think>want" in text for text in texts) <= longest
             if "guess" in texts[-1]:
                 assert parse_action(texts[-1]).text in DIGITS
 
@@ -253,7 +257,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
         assert parse_action(first) == Crop((0.25, 0.25, 0.75, 0.75), 0)
         assert isinstance(parse_action(second), Answer if target else Crop)
         seen = ", ".join(scene.meta["items"][0]["parts"])  # all of it is named: that teaches the glyphs
-        assert f"<think>see {seen}, want" in second and (": yes, read" if target else ": no") in second
+        assert f", on it: {seen}" in second and ("yes, read" if target else ", no") in second
 
 
 def test_the_warm_up_hides_the_first_view():

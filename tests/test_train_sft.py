@@ -121,7 +121,7 @@ def test_the_warm_up_shows_plates_regions_and_overviews_and_then_come_searches_t
     (plate, region, overview), searches = batches
     assert [e.turns for e in (plate, region, overview)] == [2, 2, 1]
     assert [len(e.views()) for e in (plate, region, overview)] == [1, 1, 1]  # of the crop, or of the picture
-    assert "<think>see " in plate.texts[1] and ", see plates " in region.texts[1]
+    assert ", on it: " in plate.texts[1] and ", see plates " in region.texts[1]
     assert overview.texts[0].startswith("<think>regions ")
     assert len(searches) == 2 and all(e.stop == "answer" and e.reward == 1.0 for e in searches)
 
