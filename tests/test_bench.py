@@ -102,8 +102,3 @@ def test_the_crop_reader_of_the_gate_reads_crops(kind):
     reader = bench_probes.CropReader(kind, "hard")
     probe = make_probe(kind, "hard", 0)
     assert reader.answer(probe, probe.boxes) == probe.answer
-
-
-def test_busy_prints_a_ratio():
-    command = [sys.executable, BENCH / "busy.py", "--repeats", "1", "--", sys.executable, "-c", "pass"]
-    assert "ratio" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

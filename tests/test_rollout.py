@@ -41,6 +41,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 from common import UserError
@@ -632,23 +633,6 @@ def test_each_message_stands_beside_the_view_that_it_got(ragged, tmp_path):
     assert [card[name] for name in names] == ["5", "4", 0.0, "wrong", "answer", -0.5, True, [64, 64]]
 
 
-STEPS = """<script>
-const report = { said: cards.map(card => card.innerText), shown: [] };
-const count = query => current.querySelectorAll(query).length;
-const note = () => report.shown.push(
-  [cards.filter(card => !card.hidden).length, count("li:not(.later)"), count('svg g:not([style*="none"])')]);
-const press = key => { document.dispatchEvent(new KeyboardEvent("keydown", { key })); note(); };
-const choose = (id, value) => {
-  document.getElementById(id).value = value; document.querySelector("form").oninput(); note(); };
-note(); press("ArrowLeft"); press("ArrowLeft"); press("ArrowLeft"); press("ArrowRight");
-choose("verdict", "right"); choose("verdict", ""); choose("least", 3); choose("least", "");
-choose("kind", "sign");
-report.scripts = document.scripts.length;
-report.loaded = [...document.images].every(image => image.naturalWidth);
-document.title = JSON.stringify(report);
-</script>"""
-
-
 def test_the_page_works_in_a_browser_and_text_cannot_become_markup(ragged, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
@@ -656,25 +640,16 @@ def test_the_page_works_in_a_browser_and_text_cannot_become_markup(ragged, tmp_p
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> & \u2028'
     probes = noise_probes((64, 64), (96, 64))
     probes[0].question, probes[1].source = evil, "sign"
-    scripts = [
-        [
-            look(0.5, 0.5, 1.0, 1.0),
-            look(0.5, 0.0, 1.0, 0.5, source=1),
-            f"<think>{evil}</think><answer>5</answer>",
-        ]
-    ]
-    scripts.append(["<answer>4</answer>"])
+    last = f"<think>{evil}</think><answer>5</answer>"
+    scripts = [[look(0.5, 0.5, 1.0, 1.0), look(0.5, 0.0, 1.0, 0.5, source=1), last], ["<answer>4</answer>"]]
     write_page(tmp_path / "a.html", [replay(ragged, *pair) for pair in zip(probes, scripts)])
-    page = (tmp_path / "a.html").read_text().replace("</body>", STEPS + "</body>")
+    page = (tmp_path / "a.html").read_text()
+    steps = (Path(__file__).parent / "viewer_steps.js").read_text()
+    page = page.replace("</body>", f"<script>{steps}</script></body>")
     (tmp_path / "a.html").write_text(page)
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'user'}",
-        "--dump-dom",
-        str(tmp_path / "a.html"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", "--dump-dom"]
+    run = subprocess.run([*command, tmp_path / "a.html"], capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in run.stderr, run.stderr
     report = json.loads(html.unescape(re.search("<title>(.*?)</title>", run.stdout, re.DOTALL)[1]))
     # [episodes shown, turns reached, boxes drawn] after each step

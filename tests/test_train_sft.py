@@ -139,9 +139,8 @@ def test_batches_drawn_in_another_process_are_those_drawn_here(policy):
 def write_set(folder: Path, count: int, turns: int = 3) -> Path:
     texts = [LOOK] * (turns - 1) + ["<answer>4</answer>"]
     pictures = [noise(64, 64, i) for i in range(count)]
-    save_probes(
-        [Probe(p, f"Question {i}?", "4", meta={"texts": texts}) for i, p in enumerate(pictures)], folder
-    )
+    meta = {"texts": texts}
+    save_probes([Probe(p, f"Question {i}?", "4", meta=meta) for i, p in enumerate(pictures)], folder)
     return folder
 
 
