@@ -28,17 +28,9 @@ import transformers
 from hypothesis import settings
 from PIL import Image
 
+import model
 from data import Probe
-from model import (
-    IMAGE_PAD,
-    VIDEO_PAD,
-    VISION_END,
-    VISION_START,
-    Policy,
-    Protocol,
-    load_policy,
-    tiny_tokenizer,
-)
+from model import Policy, Protocol, load_policy, tiny_tokenizer
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # toy sizes gain nothing from more
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # the same examples each run
@@ -108,7 +100,8 @@ def write_base(directory: Path, family: str, patch_size: int, rope: dict, **visi
     vision |= small | frames | {"depth": 3, "num_heads": 4, "spatial_merge_size": 2}
     vision |= {"out_hidden_size": 64, "initializer_range": 0.1}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
+    tokens = [model.IMAGE_PAD, model.VIDEO_PAD, model.VISION_START, model.VISION_END]
+    ids = tokenizer.convert_tokens_to_ids(tokens)
     processor = transformers.Qwen2VLImageProcessorPil(**frames, merge_size=2, max_pixels=12_845_056)
     config = {"text_config": text, "vision_config": vision, **dict(zip(names, ids))}
     config = getattr(transformers, f"{family}Config")(**config)

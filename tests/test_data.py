@@ -14,25 +14,7 @@ from conftest import noise, run_main
 from PIL import Image, ImageChops, ImageFilter
 
 import data
-from data import (
-    COLORS,
-    DIFFICULTIES,
-    DIGITS,
-    PROBE_KINDS,
-    Probe,
-    WarmUpEnv,
-    cold_start,
-    load_probes,
-    make_probe,
-    make_scene,
-    plate_box,
-    probe_stream,
-    region_box,
-    save_probes,
-    split_cell,
-    write_look,
-    write_search,
-)
+from data import DIGITS, PROBE_KINDS, Probe, load_probes, make_probe, make_scene, save_probes, write_search
 from env import Answer, Crop, CropEnv, parse_action
 
 HARD = [(kind, seed) for kind in PROBE_KINDS for seed in range(3)]
@@ -52,7 +34,7 @@ def test_the_same_seed_gives_the_same_probe_and_another_seed_another(kind):
 def test_the_answers_of_the_look_alikes_are_balanced_and_one_plate_is_the_target(kind, seed):
     probe = make_scene(kind, "hard", seed)
     items, k = probe.meta["items"], probe.meta["k"]
-    assert len(items) == k and k in DIFFICULTIES["hard"][0]
+    assert len(items) == k and k in data.DIFFICULTIES["hard"][0]
     answers = Counter(item["answer"] for item in items)
     assert set(answers.values()) == {k // 4} and len(answers) == 4
     assert [item["target"] for item in items] == [True] + [False] * (k - 1)
@@ -80,7 +62,7 @@ def test_answers_and_places_are_scattered():
     targets = {scene.meta["items"][0]["cell"] for scene in scenes}
     plates = {item["cell"] for scene in scenes for item in scene.meta["items"]}
     assert len(targets) > 75 and len(plates) == 9 * 9
-    regions = [{split_cell(item["cell"], 3)[0] for item in s.meta["items"]} for s in scenes]
+    regions = [{data.split_cell(item["cell"], 3)[0] for item in s.meta["items"]} for s in scenes]
     assert {len(occupied) for occupied in regions} == {3, 4, 5}
 
 
@@ -95,7 +77,7 @@ def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
 
 def test_a_board_lies_under_the_plates_of_a_region_and_nowhere_else():
     probe = make_probe("sign", "hard", 0)
-    occupied = {split_cell(item["cell"], 3)[0] for item in probe.meta["items"]}
+    occupied = {data.split_cell(item["cell"], 3)[0] for item in probe.meta["items"]}
     for x, y in itertools.product(range(3), repeat=2):
         corner = probe.image.getpixel((x * 288 + 14, y * 288 + 14))  # no plate lies there
         assert (corner == data.BOARD) == ((x, y) in occupied)
@@ -106,7 +88,7 @@ def test_a_plate_is_drawn_in_its_cell_in_its_color():
     for item in probe.meta["items"]:
         x, y = item["cell"]
         on_the_bar = probe.image.getpixel((x * 96 + 48, y * 96 + 60))
-        assert on_the_bar == COLORS[item["parts"][2]]
+        assert on_the_bar == data.COLORS[item["parts"][2]]
 
 
 def test_a_scene_is_a_probe_that_is_not_drawn_yet():
@@ -143,14 +125,14 @@ def test_photographs_lie_under_the_plates(tmp_path):
     plain, photo = (make_probe("sign", "hard", 1, backgrounds=b) for b in (None, [str(tmp_path / "red.png")]))
     assert plain.meta["items"] == photo.meta["items"]
     assert ImageChops.difference(plain.image, photo.image).getbbox()
-    boards = {split_cell(item["cell"], 3)[0] for item in photo.meta["items"]}
+    boards = {data.split_cell(item["cell"], 3)[0] for item in photo.meta["items"]}
     x, y = next(place for place in itertools.product(range(3), repeat=2) if place not in boards)
     red, green, blue = photo.image.getpixel((x * 288 + 144, y * 288 + 144))
     assert red > 2 * green and red > 2 * blue
 
 
 def test_a_stream_is_endless_fresh_and_given_by_its_seed():
-    one, two = (list(itertools.islice(probe_stream(PROBE_KINDS, ("easy",), 7), 40)) for _ in (1, 2))
+    one, two = (list(itertools.islice(data.probe_stream(PROBE_KINDS, ("easy",), 7), 40)) for _ in (1, 2))
     assert one == two and len({probe.meta["seed"] for probe in one}) == 40
     assert {probe.source for probe in one} == set(PROBE_KINDS)
 
@@ -170,7 +152,7 @@ def looks_at(texts) -> list[tuple]:
     """The searched places in order: (region,) for a crop of the picture, (region, cell) for one of that."""
     places: list[tuple] = []
     grid = list(itertools.product(range(3), repeat=2))
-    regions, cells = ({box(place, 3): place for place in grid} for box in (region_box, plate_box))
+    regions, cells = ({box(place, 3): place for place in grid} for box in (data.region_box, data.plate_box))
     for text in texts[:-1]:
         crop = parse_action(text)
         inside = (places[crop.source - 1][0], cells[crop.box]) if crop.source else (regions[crop.box],)
@@ -185,7 +167,7 @@ def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_mo
     texts = write_search(probe, random.Random(1), pattern=pattern)
     env, stop = play(probe, texts)
     assert stop == "answer" and env.answer == probe.answer and not env.errors
-    plates = [split_cell(item["cell"], 3) for item in probe.meta["items"]]
+    plates = [data.split_cell(item["cell"], 3) for item in probe.meta["items"]]
     looks = looks_at(texts)
     assert len(set(looks)) == len(looks) and looks[-1] == plates[0]
     assert set(looks) <= {*plates, *((region,) for region, _ in plates)}
@@ -196,12 +178,8 @@ def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_mo
             assert set(inside[1:]) == {plate for plate in plates if plate[0] == region}
     wanted = probe.meta["checks"][0][1]
     for look, text in zip(looks, texts[1:]):  # each thought keeps the goal
-        goal = (
-            f"want {wanted}: see "
-            if len(look) == 2
-            else f"in {data.region_name(look[0])}, want {wanted}, see "
-        )
-        assert text.startswith(f"<think>{goal}")
+        at_plate, at_region = f"want {wanted}: see ", f"in {data.region_name(look[0])}, want {wanted}, see "
+        assert text.startswith("<think>" + (at_plate if len(look) == 2 else at_region))
 
 
 def test_lists_go_row_by_row_and_that_of_the_regions_is_followed_round():
@@ -224,7 +202,7 @@ def test_lists_go_row_by_row_and_that_of_the_regions_is_followed_round():
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
 def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
     probe = make_probe("sign", "hard", 2)
-    plates = [split_cell(item["cell"], 3) for item in probe.meta["items"]]
+    plates = [data.split_cell(item["cell"], 3) for item in probe.meta["items"]]
     goal, missed, empty = probe.meta["checks"][0][1], [], []
     for seed in range(5):
         texts = write_search(probe, random.Random(seed), pattern=pattern, slip=1.0)
@@ -253,7 +231,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
     scenes = (make_scene("relation", "hard", seed, **single) for seed in itertools.count())
     for target in (True, False):
         scene = next(s for s in scenes if s.meta["items"][0]["target"] == target)
-        first, second = write_look(scene)
+        first, second = data.write_look(scene)
         assert parse_action(first) == Crop((0.25, 0.25, 0.75, 0.75), 0)
         assert isinstance(parse_action(second), Answer if target else Crop)
         seen = ", ".join(scene.meta["items"][0]["parts"])  # all of it is named: that teaches the glyphs
@@ -262,17 +240,17 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
 
 def test_the_warm_up_hides_the_first_view():
     probe = make_probe("sign", "hard", 0, regions=1, grid=1, candidates=1)
-    env = WarmUpEnv(probe.image, "?", 2)
+    env = data.WarmUpEnv(probe.image, "?", 2)
     assert [part["type"] for part in env.reset()[1]["content"]] == ["text"]
-    reply, _ = env.step(write_look(probe)[0])
+    reply, _ = env.step(data.write_look(probe)[0])
     assert [part["type"] for part in reply["content"]] == ["text", "image"]
 
 
 def searches(count, **changes):
-    scenes = probe_stream(PROBE_KINDS, ("hard",), 3)
+    scenes = data.probe_stream(PROBE_KINDS, ("hard",), 3)
     shares = {"trial_share": 0.5, "impatience": (0.05, 0.15), "patient_share": 0.1}
     shares |= {"slip": 0.02, "max_turns": 32}
-    return list(itertools.islice(cold_start(scenes, 1, **shares | changes), count))
+    return list(itertools.islice(data.cold_start(scenes, 1, **shares | changes), count))
 
 
 def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():

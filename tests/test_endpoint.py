@@ -72,9 +72,7 @@ FAILURES += [(307, b"secret", UserError, 1), (200, b"<html>", UserError, 1), (20
 
 
 @pytest.mark.parametrize("status, content, kind, attempts", FAILURES)
-def test_a_request_that_fails_is_one_message_without_the_key(
-    serve, monkeypatch, status, content, kind, attempts
-):
+def test_a_request_that_fails_is_one_message(serve, monkeypatch, status, content, kind, attempts):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server = serve(lambda body: (status, content))
     with pytest.raises(UserError) as error:

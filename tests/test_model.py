@@ -192,10 +192,7 @@ def test_a_conversation_that_grows_turn_by_turn_has_the_tokens_of_the_whole(ragg
 
 
 def test_neighbouring_texts_are_encoded_as_one_and_each_phrase_is_one_token(policy):
-    apart, joined = (
-        policy.render([chat("user", *parts)]) for parts in (["see no", "thing"], ["see nothing"])
-    )
-    assert apart == joined
+    assert policy.render([chat("user", "see no", "thing")]) == policy.render([chat("user", "see nothing")])
     assert len(PHRASES) > 80 and all(len(policy.encode(phrase)) == 1 for phrase in PHRASES)
 
 
