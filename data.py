@@ -1,22 +1,25 @@
 """Probes that force a search, and the scripted searcher that shows how to search.
 
-A probe is one image, one question, one right answer. The picture has two levels. It is cluttered, and some
-of its 3 x 3 regions hold a board; on the boards hang K plates. The first view shows where boards are, a crop
-of a region shows where its plates are, and only a crop of that crop shows what is painted on one. The
-question names one plate by what is painted on it and asks for something else on it, so the K plates must be
-tried one by one: (K + 1) / 2 looks at plates on average. K is the difficulty dial. The K answers are exactly
-balanced (K is a multiple of the four possible answers), so knowing the colors of all plates, but not which
-is which, is worth nothing: chance is 25 %.
+A probe is one image, one question, one right answer. K plates lie scattered over a cluttered picture. From
+afar they all look alike, and only a crop shows what is painted on one. The question names one plate by what
+is painted on it and asks for something else on it, so the K plates must be tried one by one: (K + 1) / 2
+looks on average. K is the difficulty dial. The K answers are exactly balanced (K is a multiple of the four
+possible answers), so knowing the colors of all plates, but not which is which, is worth nothing: chance is
+25 %.
 
-    kind         on a plate             question                                   answer
-    attribute    a shape, a letter      What color is the tag with the star on it? red, green, blue, yellow
-    sign         a letter, a digit      What number is on sign K?                  2, 4, 7, 9
-    conjunction  a shape, a digit       What color is the tag with star and 7?     a color
-    relation     a digit and a shape    What number is left of the star?           a digit
+    kind         on a plate             question                                 answer
+    attribute    a shape, a letter      What color is the tag with the star?     red, green, blue, yellow
+    sign         a letter, a digit      What number is on sign K?                2, 4, 7, 9
+    conjunction  a shape, a digit       What color is the tag with star and 7?   a color
+    relation     a digit and a shape    What number is left of the star?         a digit
 
-The scripted searcher knows the scene. It plays the cold-start searches region by region, depth first or by
-trial and error; it restates the goal at every look, notices slips, and gets more impatient with every miss.
-Only searches that end right are kept (paper, section 3.2).
+With `regions` above 1 a picture has two levels: some of its regions hold a board with plates. The first view
+shows where boards are, a crop of a region shows its plates, and only a crop of that crop shows what is on
+one. The default policy does not learn that world well yet: see docs/log.md.
+
+The scripted searcher knows the scene. It plays the cold-start searches: depth-first or trial-and-error, the
+goal restated at every look, slips that it notices, and an impatience that grows with every miss. Only
+searches that end right are kept (paper, section 3.2).
 
 Published sets become our one format, probes.jsonl, through the scripts in prepare/.
 
@@ -46,17 +49,16 @@ from tqdm import tqdm
 from env import Box, Crop, CropEnv, fit_pixels, format_action, grade, load_image
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
-DIFFICULTIES = {  # numbers of look-alikes K, height of a glyph in plates, contrast of the background
+DIFFICULTIES = {  # numbers of look-alikes K, height of a glyph in cells, contrast of the background
     "easy": ((4,), 0.42, 20),
     "medium": ((8,), 0.42, 40),
-    "hard": ((12, 16), 0.42, 60),
+    "hard": ((12, 16, 20, 24), 0.42, 60),
 }
 COLORS = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (236, 190, 20)}
 SHAPES = ("star", "ring", "cross", "triangle", "square", "heart")
 LETTERS = ("A", "C", "H", "K", "T", "X")
 DIGITS = ("2", "4", "7", "9")
 INK = (30, 30, 36)  # shapes, letters and digits
-PLATE = 0.5  # side of a plate in cells
 BOARD = (190, 90, 210)  # what the plates of a region lie on; no background is so bright
 
 
@@ -169,7 +171,7 @@ def _clutter(side: int, rng: np.random.Generator) -> Image.Image:
 def _background(side: int, contrast: float, photo: Image.Image | None, rng: np.random.Generator):
     """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that boards stand out."""
     if photo is None:
-        part = _clutter(side // 8, rng)
+        part = _clutter(side // 4, rng)
     else:
         share = float(rng.uniform(0.6, 1.0))
         w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
@@ -189,32 +191,32 @@ def _draw_plate(
 ) -> None:
     """A grey plate centered on pixel (x, y): two glyphs side by side, and a bar of its color below them."""
     left, right, color = parts
-    side = PLATE * cell
-    size = round(height * side)
-    w, h, bar = 0.92 * side, 0.62 * side, 0.14 * side
+    size = round(height * cell)
+    w, h, bar = 0.92 * cell, 0.62 * cell, 0.14 * cell
     draw = ImageDraw.Draw(image)
     edges = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-    draw.rounded_rectangle(edges, radius=0.08 * side, fill=(tone,) * 3)
+    draw.rounded_rectangle(edges, radius=0.08 * cell, fill=(tone,) * 3)
     draw.rectangle((x - w / 2 + 1, y + h / 2 - bar, x + w / 2 - 1, y + h / 2 - 1), fill=COLORS[color])
     for name, direction in ((left, -1), (right, 1)):
-        sprite = _sprite(name, size, cell / 32)  # cell / 32: the blur of the view of a region
-        center = x + direction * 0.22 * side, y - bar / 2
+        sprite = _sprite(name, size, cell / 16)  # cell / 16: the blur of a view of 6 x 6 cells
+        center = x + direction * 0.22 * cell, y - bar / 2
         image.paste(sprite, tuple(round(v - size / 2) for v in center), sprite)
 
 
 def draw_scene(probe: Probe) -> Image.Image:
-    """The picture of a scene: background, a board in each region with plates, the plates."""
+    """The picture of a scene: background, plates, and where there are several regions, boards under plates."""
     meta, (_, glyph, contrast) = probe.meta, DIFFICULTIES[probe.difficulty]
     rng, noise = random.Random(meta["draw_seed"]), np.random.default_rng(meta["draw_seed"])
     cell, region = meta["cell"], meta["grid"] * meta["cell"]  # pixels per side
     photo = load_image(meta["photo"]) if meta["photo"] else None
     image = _background(meta["regions"] * region, contrast, photo, noise)
-    for x, y in sorted({split_cell(item["cell"], meta["grid"])[0] for item in meta["items"]}):
-        inset = rng.uniform(0.02, 0.08) * cell
+    occupied = {split_cell(item["cell"], meta["grid"])[0] for item in meta["items"]}
+    for x, y in sorted(occupied) if meta["regions"] > 1 else ():
+        inset = rng.uniform(0.05, 0.15) * cell
         edges = [v * region + d for v, d in zip((x, y, x + 1, y + 1), (inset, inset, -inset, -inset))]
         ImageDraw.Draw(image).rectangle(edges, fill=BOARD)
     for item in meta["items"]:
-        x, y = ((v + 0.5 + rng.uniform(-0.01, 0.01)) * cell for v in item["cell"])
+        x, y = ((v + 0.5 + rng.uniform(-0.02, 0.02)) * cell for v in item["cell"])
         _draw_plate(image, item["parts"], x, y, cell, glyph, rng.randint(205, 235))
     return image
 
@@ -255,7 +257,7 @@ def _paint_plates(kind: str, count: int, rng: random.Random) -> tuple[str, list[
             parts = (shape, answer, color)
         items.append({"parts": parts, "answer": answer})
     question, checks, reads = {
-        "attribute": (f"What color is the tag with the {shape} on it?", [(0, shape)], 2),
+        "attribute": (f"What color is the tag with the {shape}?", [(0, shape)], 2),
         "sign": (f"What number is on sign {letter}?", [(0, letter)], 1),
         "conjunction": (f"What color is the tag with {shape} and {digit}?", [(0, shape), (1, digit)], 2),
         "relation": (f"What number is left of the {shape}?", [(1, shape)], 0),
@@ -268,9 +270,9 @@ def make_scene(
     difficulty: str,
     seed: int,
     *,
-    regions: int = 3,
-    grid: int = 3,
-    cell: int = 96,
+    regions: int = 1,
+    grid: int = 6,
+    cell: int = 48,
     candidates: int | None = None,
     backgrounds: list[str] | None = None,
 ) -> Probe:
@@ -305,7 +307,7 @@ def make_scene(
     meta = {"k": count, "regions": regions, "grid": grid, "cell": cell, "seed": seed}
     meta |= {"draw_seed": rng.getrandbits(64), "items": items, "checks": checks, "reads": reads}
     meta["photo"] = rng.choice(backgrounds) if backgrounds else None
-    boxes = [plate_box(items[0]["cell"], regions * grid, decimals=4)]
+    boxes = [cell_box(items[0]["cell"], regions * grid, decimals=4)]
     return Probe(None, question, answer, boxes=boxes, source=kind, difficulty=difficulty, meta=meta)
 
 
@@ -330,15 +332,10 @@ def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: in
         yield make_scene(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
 
 
-def region_box(region: tuple[int, int], regions: int) -> Box:
-    """The box of a region (column, row) in the picture, xyxy relative, as the searcher writes it."""
-    return tuple(round(v / regions, 2) for v in (*region, region[0] + 1, region[1] + 1))
-
-
-def plate_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> Box:
-    """The box of the plate in the middle of a cell (column, row) of its region, or of the picture."""
-    (x, y), edge = cell, (1 - PLATE) / 2
-    return tuple(round(v / grid, decimals) for v in (x + edge, y + edge, x + 1 - edge, y + 1 - edge))
+def cell_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> Box:
+    """The box of a cell or region (column, row), xyxy relative, in the decimals that the searcher writes."""
+    x, y = cell
+    return tuple(round(v / grid, decimals) for v in (x, y, x + 1, y + 1))
 
 
 def split_cell(cell: tuple[int, int], grid: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -351,9 +348,9 @@ def cell_name(cell: tuple[int, int]) -> str:
     return f"{chr(ord('a') + cell[0])}{cell[1] + 1}"
 
 
-def region_name(region: tuple[int, int], regions: int = 3) -> str:
-    """Regions are numbered row by row, from r1 on."""
-    return f"r{region[1] * regions + region[0] + 1}"
+def region_name(region: tuple[int, int]) -> str:
+    """Regions are numbered row by row, from r1 on: there are 3 x 3, or one."""
+    return f"r{3 * region[1] + region[0] + 1}"
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -461,11 +458,11 @@ def _compare(probe: Probe, item: dict | None) -> str:
 
 
 def _plan(places: Iterable[tuple[int, int]], size: int, slip: float, rng: random.Random) -> list:
-    """The places to visit, row by row. slip: chance, per place, that an empty one is taken for one more."""
+    """The places to visit, in blocks of 2 x 2. slip: chance, per place, that an empty one is among them."""
     places = list(places)
     empty = [(x, y) for y in range(size) for x in range(size) if (x, y) not in places]
     slips = min(sum(rng.random() < slip for _ in places), len(empty))
-    return sorted([*places, *rng.sample(empty, slips)], key=lambda place: place[::-1])
+    return sorted([*places, *rng.sample(empty, slips)], key=lambda p: (p[1] // 2, p[0] // 2, p[1], p[0]))
 
 
 def write_search(
@@ -473,33 +470,39 @@ def write_search(
 ) -> list[str]:
     """The assistant messages of one whole search through a drawn probe, in order (the scene is known).
 
-    It lists the regions that hold plates, crops one from the picture, lists its plates, crops them one by
-    one from that observation, and goes on with the next region. pattern: "depth_first" follows the lists,
-    that of the regions from a random one on, round its end; "trial_and_error" takes regions and plates in
-    random order. Neither returns to a place. impatience: after the n-th miss it guesses with probability
-    impatience * n. slip: chance, per place, that an empty one is taken for one more; a look tells ("plates
-    nothing", "see nothing"), and the search goes on.
+    It lists the plates and crops one after the other. Where there are several regions, it lists those with
+    boards, crops one, does the same inside of that observation, and goes on with the next region. pattern:
+    "depth_first" follows its lists, the first of them from a random place on, round its end;
+    "trial_and_error" takes places in random order. Neither returns to one. impatience: after the n-th miss
+    it guesses with probability impatience * n. slip: chance, per place, that an empty one is taken for one
+    more; a look tells ("plates nothing", "see nothing"), and the search goes on.
     """
     regions, grid = probe.meta["regions"], probe.meta["grid"]
+    step = "next" if pattern == "depth_first" else "try"
     at: dict[tuple, dict] = {}  # region -> cell inside it -> item
     for item in probe.meta["items"]:
         region, cell = split_cell(item["cell"], grid)
         at.setdefault(region, {})[cell] = item
-    step = "next" if pattern == "depth_first" else "try"
-    order = _plan(at, regions, slip, rng)
-    thought = f"regions {' '.join(region_name(region, regions) for region in order)}, {step}"
-    start = rng.randrange(len(order))  # so that the rollouts of a group begin in different regions
-    order = order[start:] + order[:start] if step == "next" else rng.sample(order, len(order))
-    texts, misses = [], 0
-    for region in order:
-        name = region_name(region, regions)
-        texts.append(_crop_text(f"{thought} {name}", region_box(region, regions)))
-        source = len(texts)  # the observation that shows this region
+
+    def order(places: list, first: bool) -> list:
+        if step == "try":
+            return rng.sample(places, len(places))
+        start = rng.randrange(len(places)) if first else 0  # so that the rollouts of a group part at once
+        return places[start:] + places[:start]
+
+    planned = _plan(at, regions, slip, rng)
+    thought = f"regions {' '.join(map(region_name, planned))}, {step}"
+    texts, misses, source = [], 0, 0
+    for region in order(planned, first=True):
         cells = _plan(at.get(region, ()), grid, slip, rng)
-        goal = probe.meta["checks"][0][1]
-        thought = f"in {name}, want {goal}, see plates {' '.join(map(cell_name, cells)) or 'nothing'}"
-        for cell in cells if step == "next" else rng.sample(cells, len(cells)):
-            texts.append(_crop_text(f"{thought}, {step} {cell_name(cell)}", plate_box(cell, grid), source))
+        plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}"
+        if regions > 1:
+            texts.append(_crop_text(f"{thought} {region_name(region)}", cell_box(region, regions)))
+            source = len(texts)  # the observation that shows this region
+            plates = f"in {region_name(region)}: {plates}"
+        thought = plates
+        for cell in order(cells, first=regions == 1) if cells else ():
+            texts.append(_crop_text(f"{thought}, {step} {cell_name(cell)}", cell_box(cell, grid), source))
             item = at.get(region, {}).get(cell)
             thought = _compare(probe, item)
             if item is not None and item["target"]:
@@ -509,17 +512,17 @@ def write_search(
                 guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
                 return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
             thought += f", after {cell_name(cell)}"
-        thought += f", leave {name}, {step}"
+        thought += f", leave {region_name(region)}, {step}"
     raise ValueError("none of the plates is the target")
 
 
 def write_look(probe: Probe) -> list[str]:
-    """Warm-up: two messages over a picture of a single plate, a crop of it and what is seen.
+    """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen.
 
     The second one also names all that is on the plate, wanted or not: so the glyphs are learned much sooner.
     """
     (item,) = probe.meta["items"]
-    look = _crop_text("look", plate_box((0, 0), 1))
+    look = _crop_text("look", (0.0, 0.0, 1.0, 1.0))
     thought = f"{_compare(probe, item)}, on it: {', '.join(item['parts'])}"
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]

@@ -66,6 +66,7 @@ class Config(PolicyFlags):
     count: int | None = None  # fresh probes (default: 400), or the first rows of `data` (default: all)
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # of fresh probes, drawn evenly
+    regions: int = 1  # regions per side of a drawn picture; 3: the world of two levels, see data.py
     data: Path | None = None  # a set of probes, as prepare/ makes them; default: fresh ones, never trained on
     samples: int = 1  # K episodes per probe: Avg@K
     judge: str = "exact"  # of open answers: exact, base (the model below the adapters), or a server's URL
@@ -295,7 +296,7 @@ def read_results(directory: Path) -> dict:
 
 
 def main(cfg: Config) -> None:
-    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed)
+    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, regions=cfg.regions)
     probes = load_probes(cfg.data, cfg.count) if cfg.data else [next(stream) for _ in range(cfg.count or 400)]
     limits = tuple(sorted(cfg.turn_limits))
     others = [read_results(directory) for directory in cfg.against]

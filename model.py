@@ -45,7 +45,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import env
-from data import COLORS, SHAPES, cell_name, make_probe, plate_box, region_box, region_name
+from data import COLORS, SHAPES, cell_box, cell_name, make_probe, region_name
 
 IM_START, IM_END, IMAGE_PAD = "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -109,29 +109,27 @@ def byte_tokenizer(
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Bytes, plus one token for each phrase of the tiny policy's small world. Any text can be encoded.
 
-    The phrases are those of data.py's questions and searches and of TINY_PROTOCOL, split at `|`. They are cut
-    so that every list of places begins 11 tokens behind the view that it reads. Otherwise the regions of the
-    first view are learned much later than the plates of a region.
+    The phrases are those of data.py's questions and searches and of TINY_PROTOCOL, split at `|`.
     """
-    boxes = [region_box((x, 0), size) for size in (1, 3) for x in range(size)]
-    boxes += [plate_box((x, 0), size) for size in (1, 3) for x in range(size)]
+    boxes = [cell_box((x, 0), size) for size in (3, 6) for x in range(size)]
     coordinates = sorted({str(v) for box in boxes for v in box})
     wording = """system\\n|user\\n|assistant\\n|Search the picture.|Observation |That failed.|
-What color is the tag with |the | on it| and |What number |is on |sign |is left of |
+What color is the tag with |the | and |What number is on sign |What number is left of the |
 <think>|</think>|<answer>|</answer>|<grounding>{"bbox_2d": [|], "source": "original_image"}</grounding>|
 ], "source": "observation_|"}</grounding>|<think>look|, look|<think>want |, want |: see |nothing|
-, yes|, no|, read |, on it: |<think>regions|<think>in|, see| plates|, next|, after|, leave|, try|, guess|, """
+, yes|, no|, read |, on it: |<think>plates|<think>regions|<think>in|: plates|, next|, after|, leave|
+, try|, guess|, """
     phrases = [phrase.replace("\\n", "\n") for phrase in wording.replace("|\n", "|").split("|")]
     phrases += [*SHAPES, *COLORS, *coordinates, *(f"{c}, " for c in coordinates)]
-    phrases += [f" {name((x, y))}" for name in (region_name, cell_name) for y in range(3) for x in range(3)]
+    phrases += [f" {cell_name((x, y))}" for y in range(6) for x in range(6)]
+    phrases += [f" {region_name((x, y))}" for y in range(3) for x in range(3)]
     return byte_tokenizer(phrases, SPECIAL_TOKENS)
 
 
 def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int = 96, vision_layers: int = 2):
     """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
     end = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    # Turning slowly enough for 32k tokens, heads could not tell the columns of nine visual tokens apart.
-    rope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [2, 7, 7]}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
     text = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers)
     text |= dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, tie_word_embeddings=True)
     text |= dict(vocab_size=len(tokenizer), max_position_embeddings=32_768, bos_token_id=None, **end)

@@ -65,6 +65,7 @@ class Config(PolicyFlags):
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
+    regions: int = 1  # regions per side of a drawn picture; 3: the world of two levels, see data.py
     data: tuple[Path, ...] = ()  # sets of questions, as prepare/ makes them; default: fresh probes
     judge: str = "exact"  # of open answers: exact, base (the model below the adapters), or a server's URL
     judge_model: str = ""  # the name of the judge at that server
@@ -261,7 +262,7 @@ def gather_groups(
     open.
     """
     rng = random.Random(f"rl/{cfg.seed}/{step}")
-    probes = probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48))
+    probes = probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), regions=cfg.regions)
     if published:
         probes = itertools.cycle(rng.sample(published, len(published)))
     kept, rolled = [], []

@@ -41,17 +41,19 @@ class Config(PolicyFlags):
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
-    steps: int = 700  # optimizer steps, warm-up included
+    steps: int = 690  # optimizer steps, warm-up included
     warmup_steps: int = 360  # of which so many on single looks: perception first
-    warmup_looks: int = 20  # pictures per warm-up step of each: a plate, a region, an overview
+    warmup_looks: int = 28  # single looks per warm-up step
+    warmup_plans: int = 14  # beginnings of a planned search per warm-up step
     batch: int = 32  # searches per step
-    lr: float = 1e-3  # peak learning rate (AdamW); after the warm-up a cosine
+    lr: float = 2e-3  # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20  # steps to the peak
     lr_floor: float = 0.1  # share of the peak at the end
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
+    regions: int = 1  # regions per side of a drawn picture; 3: the world of two levels, see data.py
     data: Path | None = None  # written searches to imitate, as prepare/ makes them; no warm-up
     trial_share: float = 0.06  # trial-and-error searches; the rest are depth-first
     # Each search draws an impatience from this range; after n misses it guesses with n times that chance.
@@ -81,34 +83,19 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     seed = rng.getrandbits(48)
     if step < cfg.warmup_steps:
-        return draw_looks(cfg, policy, rng)
-    scenes = data.probe_stream(cfg.kinds, cfg.difficulties, seed)
+        plates = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=1, grid=1, candidates=1)
+        plates = itertools.islice(plates, cfg.warmup_looks)
+        looks = [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
+        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), regions=cfg.regions)
+        probes = itertools.islice(probes, cfg.warmup_plans)
+        plans = [replay(policy, p, data.write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
+        return looks + plans
+    scenes = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=cfg.regions)
     shares = {"trial_share": cfg.trial_share, "patient_share": cfg.patient_share, "slip": cfg.slip}
     options = {"impatience": cfg.impatience, "max_turns": cfg.max_turns, **shares}
     searches = data.cold_start(scenes, rng.getrandbits(48), **options)
     played = (replay(policy, probe, texts) for probe, texts in searches)
     return list(itertools.islice((episode for episode in played if episode.reward == 1.0), cfg.batch))
-
-
-def draw_looks(cfg: Config, policy: Policy, rng: random.Random) -> list[Episode]:
-    """The warm-up, perception in three parts, each on pictures that show little else.
-
-    What is on a plate (a picture of one); where the plates of a region are (a picture of one region); which
-    regions hold plates (nine regions, drawn coarsely). Lists are long, since every name in one teaches.
-    """
-
-    def scenes(*counts: int, **size):
-        for _ in range(cfg.warmup_looks):
-            size["candidates"] = rng.choice(counts)
-            yield next(data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), **size))
-
-    def begin(scene: Probe, messages: int) -> list[str]:
-        return data.write_search(scene, rng, pattern="depth_first")[:messages]
-
-    plates, regions = scenes(1, regions=1, grid=1), scenes(4, 4, 8, regions=1)
-    episodes = [replay(policy, scene, data.write_look(scene), WarmUpEnv) for scene in plates]
-    episodes += [replay(policy, scene, begin(scene, 2), WarmUpEnv) for scene in regions]
-    return episodes + [replay(policy, scene, begin(scene, 1)) for scene in scenes(8, 16, 24, 32, cell=32)]
 
 
 class Batches(torch.utils.data.Dataset):
