@@ -204,7 +204,7 @@ def _draw_plate(
 
 
 def draw_scene(probe: Probe) -> Image.Image:
-    """The picture of a scene: background, plates, and where there are several regions, boards under plates."""
+    """The picture of a scene: background, plates, and boards under them where there are several regions."""
     meta, (_, glyph, contrast) = probe.meta, DIFFICULTIES[probe.difficulty]
     rng, noise = random.Random(meta["draw_seed"]), np.random.default_rng(meta["draw_seed"])
     cell, region = meta["cell"], meta["grid"] * meta["cell"]  # pixels per side

@@ -1,17 +1,17 @@
-"""The acceptance gate of the probes: can one be answered without a search? Six readers, six accuracies.
+"""The acceptance gate of the probes: can one be answered without a search? Five readers, five accuracies.
 
     blind        the question alone: the answer that was most often right
-    overview     the 48 x 48 view of the whole image, as the tiny policy sees it. A strong reader: it knows
-                 every cell that holds a plate, has a template of every possible plate at 25 offsets, drawn
-                 and reduced by the same code, and the covariance of what light and rounding add; it weighs
-                 all plates and offsets
-    regions      the same reader over the 48 x 48 views of all nine regions
+    overview     the 48 x 48 view of the whole image, as the tiny policy sees it; where there are several
+                 regions, the views of all of them, which show more. A strong reader: it knows every cell
+                 that holds a plate, has a template of every possible plate at 25 offsets, drawn and
+                 reduced by the same code, and the covariance of what clutter adds; it weighs all plates and
+                 offsets
     black crops  a crop of every plate, but black: what the positions of crops alone give away
     gold crop    the one right crop at 48 x 48, read glyph by glyph, by correlation over offsets
     all crops    a crop of every plate: the reader has to find the right one too
 
-A kind is admitted when, on hard, the first four are at chance (25 %, within 5 points) and the last two above
-97 %. On easy and medium the views may help a little: extra rows, no gate.
+A kind is admitted when, on hard, the first three are at chance (25 %, within 5 points) and the last two above
+97 %. On easy and medium the overview may help a little: extra rows, no gate.
 
     $ python bench/bench_probes.py                   # about 2 minutes on one core
     $ python bench/bench_probes.py --check           # exit code 1 when the gate fails
@@ -34,9 +34,9 @@ from PIL import Image
 import data
 from env import crop_pixels, fit_pixels
 
-PLATE, GRID, VIEW = 48, 9, 48  # pixels per plate, cells per side of the picture, pixels per side of a view
-PATCH = 8  # a plate in the view of a region: 8 x 8 pixels; a cell is twice as wide
-TONE = 220  # what plates are on average
+CELL, GRID, VIEW = 48, 6, 48  # pixels per cell, cells per side of a region, pixels per side of a view
+PATCH = VIEW // GRID  # a cell in a view: 8 x 8 pixels
+GREY, TONE = 96, 220  # what clutter and plates are on average
 SHARP = 200.0  # log-likelihood per unit of correlation
 READ_CROPS = ("gold crop", "all crops")  # the readers that have to succeed
 
@@ -58,28 +58,20 @@ def list_plates(kind: str) -> list[Plate]:
     ]
 
 
-def reduce(image: Image.Image, factor: int) -> np.ndarray:
-    """A picture at 8 pixels per plate, reduced by `factor` more and enlarged again, float32."""
-    width, height = image.width * PATCH // PLATE, image.height * PATCH // PLATE
-    pixels = width * height // factor**2
-    return np.asarray(fit_pixels(image, pixels, pixels).resize((width, height)), np.float32)
-
-
-def draw_templates(
-    plates: list[Plate], difficulty: str, offsets: tuple[float, ...], factor: int
-) -> np.ndarray:
-    """(P plates, J offsets, 8 * 8 * 3): cells with a plate on a plain board, drawn and then reduced."""
+def draw_templates(plates: list[Plate], difficulty: str, offsets: tuple, ground: tuple) -> np.ndarray:
+    """(P plates, J offsets, 8 * 8 * 3): cells with a plate on plain ground, drawn and then reduced."""
     columns = 24
-    rows = 3 * -(-len(plates) // (3 * columns))  # thrice: whole numbers of pixels in the overview, too
-    glyph = round(data.DIFFICULTIES[difficulty][1] * PLATE)
+    rows = -(-len(plates) // columns)
+    height = data.DIFFICULTIES[difficulty][1]
     cells = []
     for dx, dy in itertools.product(offsets, repeat=2):
-        size = columns * 2 * PLATE, rows * 2 * PLATE  # every second cell is empty
-        canvas = Image.new("RGB", size, data.BOARD)
+        size = columns * 2 * CELL, rows * 2 * CELL  # every second cell is empty
+        canvas = Image.new("RGB", size, ground)
         for i, (parts, _) in enumerate(plates):
-            x, y = (2 * (i % columns) + 0.5) * PLATE + dx, (2 * (i // columns) + 0.5) * PLATE + dy
-            data._draw_plate(canvas, parts, x, y, PLATE, glyph, TONE)
-        small = reduce(canvas, factor)
+            x, y = (2 * (i % columns) + 0.5) * CELL + dx, (2 * (i // columns) + 0.5) * CELL + dy
+            data._draw_plate(canvas, parts, x, y, CELL, height, TONE)
+        pixels = rows * columns * 4 * PATCH * PATCH
+        small = np.asarray(fit_pixels(canvas, pixels, pixels), np.float32)
         small = small.reshape(rows, 2, PATCH, columns, 2, PATCH, 3)[:, 0, :, :, 0].transpose(0, 2, 1, 3, 4)
         cells.append(small.reshape(rows * columns, -1)[: len(plates)])
     return np.stack(cells, 1)
@@ -102,12 +94,13 @@ def vote(fit: np.ndarray, probe: data.Probe, plates: list[Plate]) -> str:
     return max(score, key=score.get)
 
 
-class ViewReader:
-    """Knows the plates of one kind and difficulty, reduced to D = 8 * 8 * 3 numbers, and what light adds."""
+class OverviewReader:
+    """Knows the plates of one kind and difficulty, reduced to D = 8 * 8 * 3 numbers, and the clutter."""
 
-    def __init__(self, kind: str, difficulty: str, training: list[data.Probe], factor: int):
-        self.plates, self.factor = list_plates(kind), factor
-        known = draw_templates(self.plates, difficulty, (-1, -0.5, 0, 0.5, 1), factor)  # (P, J, D)
+    def __init__(self, kind: str, difficulty: str, training: list[data.Probe]):
+        self.plates = list_plates(kind)
+        ground = data.BOARD if training[0].meta["regions"] > 1 else (GREY,) * 3
+        known = draw_templates(self.plates, difficulty, (-1, -0.5, 0, 0.5, 1), ground)  # (P, J, D)
         index = {parts: i for i, (parts, _) in enumerate(self.plates)}
         names = (item["parts"] for probe in training for item in probe.meta["items"])
         truth = known[[index[parts] for parts in names]]  # (N, J, D)
@@ -123,10 +116,12 @@ class ViewReader:
         self.norm = 0.5 * (self.known**2).sum(1)
 
     def cut_patches(self, probe: data.Probe) -> np.ndarray:
-        """(K, D): the plates, cut from the view."""
-        view = reduce(probe.open(), self.factor)
-        corners = ((2 * PATCH * v + PATCH // 2 for v in item["cell"]) for item in probe.meta["items"])
-        return np.stack([view[y : y + PATCH, x : x + PATCH].ravel() for x, y in corners])
+        """(K, D): the cells of the plates, cut from the overview."""
+        cells = GRID * probe.meta["regions"]
+        pixels = (cells * PATCH) ** 2
+        view = np.asarray(fit_pixels(probe.open(), pixels, pixels), np.float32)
+        view = view.reshape(cells, PATCH, cells, PATCH, 3).swapaxes(1, 2)  # (row, column, 8, 8, 3)
+        return np.stack([view[y, x].ravel() for x, y in (item["cell"] for item in probe.meta["items"])])
 
     def answer(self, probe: data.Probe) -> str:
         fit = (self.cut_patches(probe) @ self.whiten) @ self.known.T - self.norm  # (K, P * J)
@@ -142,9 +137,9 @@ class CropReader:
 
     def __init__(self, kind: str, difficulty: str):
         self.plates = list_plates(kind)
-        self.size = round(data.DIFFICULTIES[difficulty][1] * PLATE)
+        self.size = round(data.DIFFICULTIES[difficulty][1] * CELL)
         glyphs, colors = data.SHAPES + data.LETTERS + data.DIGITS, list(data.COLORS)
-        inks = [np.asarray(data._sprite(name, self.size, PLATE / 16), np.float32)[..., 3] for name in glyphs]
+        inks = [np.asarray(data._sprite(name, self.size, CELL / 16), np.float32)[..., 3] for name in glyphs]
         self.inks = normalise(-np.stack(inks).reshape(len(inks), -1))  # (glyphs, size * size)
         self.colors = np.array(list(data.COLORS.values()), np.float32)
         names = ((parts, glyphs.index(parts[0]), glyphs.index(parts[1])) for parts, _ in self.plates)
@@ -155,9 +150,9 @@ class CropReader:
         pixels = np.asarray(crop.resize((VIEW, VIEW), Image.Resampling.LANCZOS), np.float32)
         grey = np.pad(pixels.mean(2), 8, mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(grey, (self.size, self.size))
-        top = 8 + round(VIEW / 2 - 0.07 * PLATE - self.size / 2)
+        top = 8 + round(VIEW / 2 - 0.07 * CELL - self.size / 2)
         fits = []
-        for center in (VIEW / 2 - 0.22 * PLATE, VIEW / 2 + 0.22 * PLATE):
+        for center in (VIEW / 2 - 0.22 * CELL, VIEW / 2 + 0.22 * CELL):
             left = 8 + round(center - self.size / 2)
             near = windows[top - 3 : top + 4, left - 3 : left + 4].reshape(49, -1)
             fits.append((self.inks @ normalise(near).T).max(1))  # (glyphs,)
@@ -180,21 +175,20 @@ def normalise(rows: np.ndarray) -> np.ndarray:
 
 
 def make_readers(kind: str, difficulty: str, training: list[data.Probe]) -> dict[str, Callable]:
-    """The six columns of the table: each a function, probe -> answer."""
+    """The five columns of the table: each a function, probe -> answer."""
     habit: dict[str, Counter] = {}  # question -> its answers in the training probes
     for probe in training:
         habit.setdefault(probe.question, Counter())[probe.answer] += 1
     usual = sum(habit.values(), Counter())
-    crops = CropReader(kind, difficulty)
+    overview, crops = OverviewReader(kind, difficulty, training), CropReader(kind, difficulty)
 
     def list_boxes(probe: data.Probe) -> list:
         items = reversed(probe.meta["items"])  # items[0] is the target: it must not win by coming first
-        return [data.plate_box(item["cell"], GRID, decimals=4) for item in items]
+        return [data.cell_box(item["cell"], GRID * probe.meta["regions"], decimals=4) for item in items]
 
     return {
         "blind": lambda p: habit.get(p.question, usual).most_common(1)[0][0],
-        "overview": ViewReader(kind, difficulty, training, factor=3).answer,
-        "regions": ViewReader(kind, difficulty, training, factor=1).answer,
+        "overview": overview.answer,
         "black crops": lambda p: crops.answer(p, list_boxes(p), black=True),
         "gold crop": lambda p: crops.answer(p, p.boxes),
         "all crops": lambda p: crops.answer(p, list_boxes(p)),
@@ -207,21 +201,20 @@ class Config:
     training: int = 150  # more, for the overview reader to learn the clutter from
     kinds: tuple[str, ...] = data.PROBE_KINDS
     difficulties: tuple[str, ...] = ("hard", "medium", "easy")
+    regions: int = 1  # per side; 3: the world of two levels
     check: bool = False  # exit code 1 when a kind fails the gate
 
 
 def main(cfg: Config) -> None:
     failed = []
-    print(
-        " " * 24
-        + "".join(f"{name:>15s}" for name in ("blind", "overview", "regions", "black crops", *READ_CROPS))
-    )
+    print(" " * 24 + "".join(f"{name:>15s}" for name in ("blind", "overview", "black crops", *READ_CROPS)))
     for difficulty, kind in itertools.product(cfg.difficulties, cfg.kinds):
-        training = [data.make_probe(kind, difficulty, 10**6 + seed) for seed in range(cfg.training)]
+        size = {"regions": cfg.regions}
+        training = [data.make_probe(kind, difficulty, 10**6 + seed, **size) for seed in range(cfg.training)]
         readers = make_readers(kind, difficulty, training)
         right: Counter = Counter()
         for seed in range(cfg.probes):
-            probe = data.make_probe(kind, difficulty, seed)
+            probe = data.make_probe(kind, difficulty, seed, **size)
             right.update(name for name, read in readers.items() if read(probe) == probe.answer)
         row = f"{difficulty:8s}{kind:16s}"
         for name in readers:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 import rollout as rollout_module
-from data import Probe, make_probe, plate_box
+from data import Probe, cell_box, make_probe
 from env import Crop, format_action
 from model import OUR_ATTENTION, Policy, load_policy, policy_flags
 from rollout import Episode, Wave, rollout
@@ -56,8 +56,8 @@ class Config:
 
 def write_script(policy: Policy, number: int, turns: int) -> list[tuple[int, ...]]:
     """The messages of an episode as token ids: looks at one cell after the other, then an answer."""
-    places = [divmod((look + 2 * number) % 9, 3) for look in range(turns - 1)]
-    texts = [f"<think>look</think>{format_action(Crop(plate_box(place, 3), 0))}" for place in places]
+    places = [divmod((look + 7 * number) % 36, 6) for look in range(turns - 1)]
+    texts = [f"<think>look</think>{format_action(Crop(cell_box(place, 6), 0))}" for place in places]
     return [policy.encode(text) for text in [*texts, "<think>read 4</think><answer>4</answer>"]]
 
 

@@ -27,7 +27,7 @@ HARD = [(kind, seed) for kind in PROBE_KINDS for seed in range(3)]
 def test_the_same_seed_gives_the_same_probe_and_another_seed_another(kind):
     one, two, other = (make_probe(kind, "hard", seed) for seed in (3, 3, 4))
     assert one == two and one.image.tobytes() == two.image.tobytes()
-    assert one.image.tobytes() != other.image.tobytes() and one.image.size == (864, 864)
+    assert one.image.tobytes() != other.image.tobytes() and one.image.size == (288, 288)
 
 
 @pytest.mark.parametrize("kind, seed", HARD)
@@ -50,24 +50,28 @@ def test_the_answers_of_the_look_alikes_are_balanced_and_one_plate_is_the_target
 def test_each_plate_has_a_cell_of_its_own_and_the_gold_box_is_that_of_the_target(kind, seed):
     probe = make_scene(kind, "hard", seed)
     cells = [item["cell"] for item in probe.meta["items"]]
-    assert len(set(cells)) == len(cells) and all(0 <= v < 9 for cell in cells for v in cell)
+    assert len(set(cells)) == len(cells) and all(0 <= v < 6 for cell in cells for v in cell)
     x, y = cells[0]
     (box,) = probe.boxes
-    assert box == pytest.approx([(v + d) / 9 for d in (0.25, 0.75) for v in (x, y)], abs=1e-4)
+    assert box == pytest.approx([(v + d) / 6 for d in (0, 1) for v in (x, y)], abs=1e-4)
 
 
 def test_answers_and_places_are_scattered():
-    scenes = [make_scene("sign", "hard", seed) for seed in range(300)]
+    scenes = [make_scene("sign", "hard", seed, regions=3) for seed in range(300)]
     assert min(Counter(scene.answer for scene in scenes)[digit] for digit in DIGITS) > 45
     targets = {scene.meta["items"][0]["cell"] for scene in scenes}
     plates = {item["cell"] for scene in scenes for item in scene.meta["items"]}
-    assert len(targets) > 75 and len(plates) == 9 * 9
-    regions = [{data.split_cell(item["cell"], 3)[0] for item in s.meta["items"]} for s in scenes]
-    assert {len(occupied) for occupied in regions} == {3, 4, 5}
+    assert len(targets) > 180 and len(plates) == 18 * 18
+    regions = [{data.split_cell(item["cell"], 6)[0] for item in s.meta["items"]} for s in scenes]
+    assert {len(occupied) for occupied in regions} == {3, 4, 5, 6, 7}
+    flat = [make_scene("sign", "hard", seed).meta["items"] for seed in range(300)]
+    assert (
+        len({items[0]["cell"] for items in flat}) == len({i["cell"] for items in flat for i in items}) == 36
+    )
 
 
 def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
-    """A region is shown at a sixth of its size; plain drawings differ by 50 of 255 levels there."""
+    """Six cells are shown at a sixth of their size; plain drawings differ by 50 of 255 levels there."""
     sprites = [data._sprite(name, 20, 3.0).getchannel("A") for name in data.SHAPES + data.LETTERS + DIGITS]
     blurred = [sprite.filter(ImageFilter.GaussianBlur(3)) for sprite in sprites]
     for (a, b), (c, d) in zip(itertools.combinations(sprites, 2), itertools.combinations(blurred, 2)):
@@ -75,19 +79,20 @@ def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
         assert np.abs(inner[0] - inner[1]).mean() > 5 and np.abs(inner[2] - inner[3]).mean() < 1
 
 
-def test_a_board_lies_under_the_plates_of_a_region_and_nowhere_else():
-    probe = make_probe("sign", "hard", 0)
-    occupied = {data.split_cell(item["cell"], 3)[0] for item in probe.meta["items"]}
+def test_with_several_regions_a_board_lies_under_the_plates_of_a_region_and_nowhere_else():
+    probe = make_probe("sign", "hard", 0, regions=3)
+    occupied = {data.split_cell(item["cell"], 6)[0] for item in probe.meta["items"]}
     for x, y in itertools.product(range(3), repeat=2):
-        corner = probe.image.getpixel((x * 288 + 14, y * 288 + 14))  # no plate lies there
-        assert (corner == data.BOARD) == ((x, y) in occupied)
+        between = [(x * 288 + 48 * i, y * 288 + 48) for i in range(1, 6)]  # no plate reaches there
+        boards = [probe.image.getpixel(pixel) == data.BOARD for pixel in between]
+        assert all(boards) if (x, y) in occupied else not any(boards)
 
 
 def test_a_plate_is_drawn_in_its_cell_in_its_color():
     probe = make_probe("attribute", "hard", 0)
     for item in probe.meta["items"]:
         x, y = item["cell"]
-        on_the_bar = probe.image.getpixel((x * 96 + 48, y * 96 + 60))
+        on_the_bar = probe.image.getpixel((x * 48 + 24, y * 48 + 35))
         assert on_the_bar == data.COLORS[item["parts"][2]]
 
 
@@ -111,8 +116,8 @@ def test_a_single_plate_is_the_target_about_as_often_as_not():
         (("sign", "harder"), {}, "difficulty 'harder'"),
         (("sign", "hard"), {"candidates": 5}, "5 look-alikes"),
         (("sign", "hard"), {"candidates": 6}, "6 look-alikes"),
-        (("sign", "hard"), {"candidates": 40, "regions": 1}, "40 look-alikes"),
-        (("sign", "hard"), {"candidates": 8, "regions": 1, "grid": 2}, "fits 1 regions of 2 x 2"),
+        (("sign", "hard"), {"candidates": 40}, "40 look-alikes"),
+        (("sign", "hard"), {"candidates": 8, "grid": 2}, "fits 1 regions of 2 x 2"),
     ],
 )
 def test_a_probe_that_cannot_be_drawn_is_refused(arguments, size, message):
@@ -125,9 +130,9 @@ def test_photographs_lie_under_the_plates(tmp_path):
     plain, photo = (make_probe("sign", "hard", 1, backgrounds=b) for b in (None, [str(tmp_path / "red.png")]))
     assert plain.meta["items"] == photo.meta["items"]
     assert ImageChops.difference(plain.image, photo.image).getbbox()
-    boards = {data.split_cell(item["cell"], 3)[0] for item in photo.meta["items"]}
-    x, y = next(place for place in itertools.product(range(3), repeat=2) if place not in boards)
-    red, green, blue = photo.image.getpixel((x * 288 + 144, y * 288 + 144))
+    taken = [item["cell"] for item in photo.meta["items"]]
+    x, y = next(place for place in itertools.product(range(6), repeat=2) if place not in taken)
+    red, green, blue = photo.image.getpixel((x * 48 + 24, y * 48 + 24))
     assert red > 2 * green and red > 2 * blue
 
 
@@ -149,42 +154,44 @@ def play(probe, texts, env_class=CropEnv):
 
 
 def looks_at(texts) -> list[tuple]:
-    """The searched places in order: (region,) for a crop of the picture, (region, cell) for one of that."""
+    """The places in order: (region, None) for a crop of a region, (region, cell) for a crop inside of it."""
     places: list[tuple] = []
-    grid = list(itertools.product(range(3), repeat=2))
-    regions, cells = ({box(place, 3): place for place in grid} for box in (data.region_box, data.plate_box))
-    for text in texts[:-1]:
-        crop = parse_action(text)
-        inside = (places[crop.source - 1][0], cells[crop.box]) if crop.source else (regions[crop.box],)
-        places.append(inside)
+    boxes = {n: {data.cell_box((x, y), n): (x, y) for x in range(n) for y in range(n)} for n in (3, 6)}
+    for crop in map(parse_action, texts[:-1]):
+        if crop.box in boxes[6]:
+            places.append((places[crop.source - 1][0] if crop.source else (0, 0), boxes[6][crop.box]))
+        else:
+            places.append((boxes[3][crop.box], None))
     return places
 
 
+@pytest.mark.parametrize("regions", [1, 3])
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
 @pytest.mark.parametrize("kind", PROBE_KINDS)
-def test_a_patient_search_goes_region_by_region_and_visits_each_plate_once_at_most(pattern, kind):
-    probe = make_probe(kind, "hard", 2)
+def test_a_patient_search_visits_each_plate_once_at_most_region_by_region(kind, pattern, regions):
+    probe = make_probe(kind, "hard", 2, regions=regions)
     texts = write_search(probe, random.Random(1), pattern=pattern)
     env, stop = play(probe, texts)
     assert stop == "answer" and env.answer == probe.answer and not env.errors
-    plates = [data.split_cell(item["cell"], 3) for item in probe.meta["items"]]
+    plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
     looks = looks_at(texts)
     assert len(set(looks)) == len(looks) and looks[-1] == plates[0]
-    assert set(looks) <= {*plates, *((region,) for region, _ in plates)}
-    for region, inside in itertools.groupby(looks[:-1], lambda look: look[0]):
-        inside = list(inside)
-        assert inside[0] == (region,)  # into a region, its plates one by one, back out
+    assert set(looks) <= {*plates, *((region, None) for region, _ in plates)}
+    for region, inside in itertools.groupby(looks, lambda look: look[0]):
+        seen = [cell for _, cell in inside]
+        assert regions == 1 or seen.pop(0) is None  # into a region, its plates one by one, back out
         if region != looks[-1][0]:
-            assert set(inside[1:]) == {plate for plate in plates if plate[0] == region}
+            assert {(region, cell) for cell in seen} == {plate for plate in plates if plate[0] == region}
     wanted = probe.meta["checks"][0][1]
-    for look, text in zip(looks, texts[1:]):  # each thought keeps the goal
-        at_plate, at_region = f"want {wanted}: see ", f"in {data.region_name(look[0])}, want {wanted}, see "
-        assert text.startswith("<think>" + (at_plate if len(look) == 2 else at_region))
+    for (region, cell), text in zip(looks, texts[1:]):  # it keeps the goal, or says where it is
+        assert text.startswith(
+            f"<think>want {wanted}: see " if cell else f"<think>in {data.region_name(region)}: "
+        )
 
 
-def test_lists_go_row_by_row_and_that_of_the_regions_is_followed_round():
-    probe = make_scene("sign", "hard", 0, candidates=8)
-    cells = [(8, 8), (0, 0), (2, 0), (1, 1), (0, 2), (3, 0), (3, 1), (4, 0)]
+def test_lists_go_in_blocks_of_two_by_two_and_the_first_is_followed_round():
+    probe = make_scene("sign", "hard", 0, candidates=8, regions=3)
+    cells = [(17, 17), (0, 0), (3, 0), (1, 1), (0, 2), (6, 0), (6, 1), (7, 0)]
     for item, cell in zip(probe.meta["items"], cells):
         item["cell"] = cell
     firsts = set()
@@ -194,23 +201,30 @@ def test_lists_go_row_by_row_and_that_of_the_regions_is_followed_round():
         regions = list(dict.fromkeys(re.findall(r"next (r\d)", " ".join(texts))))
         firsts.add(regions[0])
         assert "r1 r2 r9 r1 r2 r9".find(" ".join(regions)) >= 0 and regions[-1] == "r9"
-        lists = set(re.findall(r"in (r\d), want .*? see (plates .*?),", " ".join(texts)))
-        assert lists <= {("r1", "plates a1 c1 b2 a3"), ("r2", "plates a1 b1 a2"), ("r9", "plates c3")}
+        lists = set(re.findall(r"in (r\d: plates .*?),", " ".join(texts)))
+        assert lists <= {"r1: plates a1 b2 d1 a3", "r2: plates a1 b1 a2", "r9: plates f6"}
     assert firsts == {"r1", "r2", "r9"}
+    flat = make_scene("sign", "hard", 2)
+    for texts in (write_search(flat, random.Random(seed), pattern="depth_first") for seed in range(30)):
+        listed, _, visited = texts[0].partition("plates ")[2].partition(",")
+        visited = re.findall(r"next (\w+)", visited + " ".join(texts[1:]))
+        firsts.add(visited[0])
+        assert " ".join(visited) in f"{listed} {listed}"
+    assert len(firsts) > 8
 
 
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
 def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
-    probe = make_probe("sign", "hard", 2)
-    plates = [data.split_cell(item["cell"], 3) for item in probe.meta["items"]]
+    probe = make_probe("sign", "hard", 2, regions=3)
+    plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
     goal, missed, empty = probe.meta["checks"][0][1], [], []
     for seed in range(5):
         texts = write_search(probe, random.Random(seed), pattern=pattern, slip=1.0)
-        for place, text in zip(looks_at(texts), texts[1:]):
-            if len(place) == 2 and place not in plates:
+        for (region, cell), text in zip(looks_at(texts), texts[1:]):
+            if cell and (region, cell) not in plates:
                 missed.append(f"want {goal}: see nothing, no, after " in text)
-            if len(place) == 1 and place[0] not in [plate[0] for plate in plates]:
-                empty.append("see plates nothing, leave " in text)
+            if not cell and region not in [plate[0] for plate in plates]:
+                empty.append(": plates nothing, leave " in text)
         assert play(probe, texts)[0].answer == probe.answer
     assert missed and all(missed) and empty and all(empty)
 
@@ -232,7 +246,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
     for target in (True, False):
         scene = next(s for s in scenes if s.meta["items"][0]["target"] == target)
         first, second = data.write_look(scene)
-        assert parse_action(first) == Crop((0.25, 0.25, 0.75, 0.75), 0)
+        assert parse_action(first) == Crop((0.0, 0.0, 1.0, 1.0), 0)
         assert isinstance(parse_action(second), Answer if target else Crop)
         seen = ", ".join(scene.meta["items"][0]["parts"])  # all of it is named: that teaches the glyphs
         assert f", on it: {seen}" in second and ("yes, read" if target else ", no") in second
@@ -257,7 +271,7 @@ def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():
     kept = searches(40, max_turns=7)
     assert max(len(texts) for _, texts in kept) == 7
     for probe, texts in kept:
-        assert play(probe, texts)[0].answer == probe.answer and probe.open().size == (864, 864)
+        assert play(probe, texts)[0].answer == probe.answer and probe.open().size == (288, 288)
     assert {", next" in text[0] for _, text in kept} == {True, False}
 
 

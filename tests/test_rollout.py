@@ -411,7 +411,7 @@ def test_a_look_of_the_warm_up_keeps_its_crop(policy):
     episodes = [replay(policy, probe, data.write_look(probe), data.WarmUpEnv) for probe in looks]
     assert [e.stop for e in episodes] == ["turn_limit", "answer"]
     for episode in episodes:
-        assert episode.crops == [Crop((0.25, 0.25, 0.75, 0.75), 0)] and episode.crop_turns == [1]
+        assert episode.crops == [Crop((0.0, 0.0, 1.0, 1.0), 0)] and episode.crop_turns == [1]
         assert len(episode.views()) == 1 and episode.texts == data.write_look(episode.probe)
 
 
@@ -602,8 +602,8 @@ def test_without_arguments_the_command_searches_a_fresh_probe_with_the_checkpoin
     probe = next(data.probe_stream(data.PROBE_KINDS, ("hard",), 1))
     (card,) = read_cards(tmp_path / "search.html")
     assert code == 0 and said[0] == probe.question == card["question"] and len(card["turns"]) == len(said) - 3
-    assert said[1].startswith(" 1. <think>regions ") and f"the answer is {probe.answer}" in said[-2]
-    assert any(turn["box"] and "observation_" in turn["action"] for turn in card["turns"])  # a crop of a crop
+    assert said[1].startswith(" 1. <think>") and f"the answer is {probe.answer}" in said[-2]
+    assert any(turn["box"] and turn["view"] for turn in card["turns"])
 
 
 @pytest.mark.parametrize("wrong", ["--image", "--init"])

@@ -8,6 +8,7 @@ Lines worth flipping, each with the test that then fails:
     learning_rate   cosine from step 0                        -> the_rate_rises_is_held_and_falls_...
 """
 
+import itertools
 import json
 import os
 import random
@@ -28,12 +29,11 @@ import train_sft
 from data import PROBE_KINDS, Probe, make_probe, save_probes, write_search
 from env import Crop, format_action
 from model import load_policy, mrope_positions, token_logprobs
-from rollout import replay
 from train_sft import Config, draw_batch, learning_rate, load_batches
 
 ROOT = Path(train_sft.__file__).parent
 LOOK = format_action(Crop((0.0, 0.0, 0.5, 0.5), 0))
-SMALL = {"steps": 4, "warmup_steps": 2, "warmup_looks": 1, "batch": 2, "save_every": 2}
+SMALL = {"steps": 4, "warmup_steps": 2, "warmup_looks": 3, "warmup_plans": 1, "batch": 2, "save_every": 2}
 
 
 def small(out, **changes) -> Config:
@@ -96,13 +96,6 @@ def test_only_what_the_searcher_said_is_trained(policy, batches):
         assert said == "".join(episode.texts) and "Observation" not in said
 
 
-def test_the_loss_falls_on_a_batch_that_is_seen_again(tmp_path, monkeypatch, policy, batches):
-    monkeypatch.setattr(train_sft, "draw_batch", lambda cfg, policy, step, written: batches[0])
-    train_sft.main(small(tmp_path, steps=25, lr_rise=1))
-    losses = [row["loss"] for row in read_lines(tmp_path)]
-    assert losses[-1] < 0.5 * losses[0]
-
-
 # ---------------------------------------------------------------------------------------------- the batches
 
 
@@ -117,12 +110,11 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone(policy, batches):
     assert all(ids(other) != ids(batches[1]) for other in others)
 
 
-def test_the_warm_up_shows_plates_regions_and_overviews_and_then_come_searches_that_end_right(batches):
-    (plate, region, overview), searches = batches
-    assert [e.turns for e in (plate, region, overview)] == [2, 2, 1]
-    assert [len(e.views()) for e in (plate, region, overview)] == [1, 1, 1]  # of the crop, or of the picture
-    assert ", on it: " in plate.texts[1] and ", see plates " in region.texts[1]
-    assert overview.texts[0].startswith("<think>regions ")
+def test_the_warm_up_has_looks_and_plans_and_then_come_searches_that_end_right(batches):
+    warm_up, searches = batches
+    assert [e.turns for e in warm_up[:3]] == [2, 2, 2] and len(warm_up) == 4
+    assert all(e.crops and len(e.views()) == len(e.crops) for e in warm_up[:3])  # one view: that of the crop
+    assert warm_up[3].texts[0].startswith("<think>plates") and len(warm_up[3].texts) <= 3
     assert len(searches) == 2 and all(e.stop == "answer" and e.reward == 1.0 for e in searches)
 
 
@@ -222,20 +214,10 @@ def test_a_run_that_is_killed_or_stopped_ends_as_one_that_was_not(tmp_path):
     assert same_weights(load_weights_of(straight), load_weights_of(broken))
 
 
-def test_a_changed_configuration_is_refused_and_named(tmp_path, monkeypatch):
-    train_sft.main(small(tmp_path, steps=1))
-    words = [f"--{key}={value}" for key, value in (SMALL | {"steps": 9, "lr": 0.5}).items()]
-    words += ["--resume", "--device", "cpu", "--out"]
-    code, _, err = run_main(monkeypatch, "train_sft", *words, tmp_path)
-    assert code == 2 and "another steps (1, now 9), lr (0.001, now 0.5)" in err[-1]
-
-
 def test_a_search_of_the_scripted_searcher_fits_the_vocabulary_of_the_tiny_policy(policy):
-    """Phrases are single tokens, so a message takes about thirty. Lists lie 11 tokens behind their view."""
-    for kind in PROBE_KINDS:
-        probe = make_probe(kind, "hard", 3)
-        episode = replay(policy, probe, write_search(probe, random.Random(0), pattern="depth_first"))
-        assert all(len(policy.encode(text)) <= 36 for text in episode.texts)
-        tokens = [policy.decode_token(int(token)) for token in episode.token_ids]
-        views = [i for i, token in enumerate(tokens) if token == "<|vision_end|>"]
-        assert tokens.index("<think>regions") - views[0] == tokens.index(" plates") - views[1] == 10
+    """Phrases are single tokens, so a message takes about twenty, and a list of plates one for each."""
+    for kind, regions in itertools.product(PROBE_KINDS, (1, 3)):
+        texts = write_search(
+            make_probe(kind, "hard", 3, regions=regions), random.Random(0), pattern="depth_first"
+        )
+        assert all(len(policy.encode(text)) <= 24 + text.count(" ") - 3 for text in texts)
