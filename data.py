@@ -43,7 +43,7 @@ from pathlib import Path
 from common import UserError, cli, write_atomic, write_lines
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from env import Box, Crop, CropEnv, fit_pixels, format_action, grade, load_image
@@ -156,28 +156,32 @@ def _sprite(name: str, size: int, blur_pixels: float) -> Image.Image:
     return sprite
 
 
-def _clutter(side: int, rng: np.random.Generator) -> Image.Image:
-    """Colored low-frequency noise in three octaves.
+def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
+    """Low-frequency noise in [-1, 1], (side, side, channels) float32, in three octaves.
 
     Finer noise would average out when the picture is shrunk to the overview; this does not.
     """
-    noise = np.full((side, side, 3), 127.5, np.float32)
+    noise = np.zeros((side, side, channels), np.float32)
     for octave, strength in ((3, 0.45), (9, 0.32), (27, 0.23)):
-        band = Image.fromarray(rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8))
-        noise += strength * (np.float32(band.resize((side, side), Image.Resampling.BICUBIC)) - 127.5)
-    return Image.fromarray(np.uint8(np.clip(noise, 0, 255)))
+        small = rng.integers(0, 256, (octave, octave, channels), dtype=np.uint8)
+        band = Image.fromarray(small[..., 0] if channels == 1 else small)
+        band = band.resize((side, side), Image.Resampling.BICUBIC)
+        noise += strength * (np.asarray(band, np.float32).reshape(noise.shape) / 127.5 - 1)
+    return noise
 
 
 def _background(side: int, contrast: float, photo: Image.Image | None, rng: np.random.Generator):
-    """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that boards stand out."""
+    """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that plates stand out."""
     if photo is None:
-        part = _clutter(side // 4, rng)
+        part = Image.fromarray(np.uint8(127.5 + 127.5 * np.clip(_clutter(side // 4, 3, rng), -1, 1)))
+        part = part.resize((side, side), Image.Resampling.BICUBIC)
     else:
         share = float(rng.uniform(0.6, 1.0))
         w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
         left, top = int(rng.integers(0, photo.width - w + 1)), int(rng.integers(0, photo.height - h + 1))
-        part = ImageOps.fit(photo.crop((left, top, left + w, top + h)), (side, side))
-    return part.point(_levels(contrast) * 3).resize((side, side), Image.Resampling.BILINEAR)
+        part = photo.crop((left, top, left + w, top + h))
+        part = ImageOps.fit(part, (side, side), Image.Resampling.LANCZOS)
+    return part.point(_levels(contrast) * 3)
 
 
 @functools.cache
@@ -209,7 +213,8 @@ def draw_scene(probe: Probe) -> Image.Image:
     rng, noise = random.Random(meta["draw_seed"]), np.random.default_rng(meta["draw_seed"])
     cell, region = meta["cell"], meta["grid"] * meta["cell"]  # pixels per side
     photo = load_image(meta["photo"]) if meta["photo"] else None
-    image = _background(meta["regions"] * region, contrast, photo, noise)
+    side = meta["regions"] * region
+    image = _background(side, contrast, photo, noise)
     occupied = {split_cell(item["cell"], meta["grid"])[0] for item in meta["items"]}
     for x, y in sorted(occupied) if meta["regions"] > 1 else ():
         inset = rng.uniform(0.05, 0.15) * cell
@@ -218,7 +223,11 @@ def draw_scene(probe: Probe) -> Image.Image:
     for item in meta["items"]:
         x, y = ((v + 0.5 + rng.uniform(-0.02, 0.02)) * cell for v in item["cell"])
         _draw_plate(image, item["parts"], x, y, cell, glyph, rng.randint(205, 235))
-    return image
+    # Uneven light. Without it, a matched filter reads plates in the overview (bench/bench_probes.py).
+    light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 500
+    light = Image.fromarray(np.uint8(255 * np.clip(light, 0, 1)))
+    light = light.resize((side, side), Image.Resampling.BICUBIC)
+    return ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
 
 
 # ---------------------------------------------------------------------------------------------- probes

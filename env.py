@@ -236,8 +236,7 @@ def fit_pixels(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Im
     size = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)  # rounding may pass it again
     if size == image.size:
         return image
-    resample = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    return image.resize(size, resample, reducing_gap=3.0)  # 7 times as fast for 864 pixels to 48, as close
+    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
 
 
 # ---------------------------------------------------------------------------------------------- the episode

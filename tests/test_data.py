@@ -84,7 +84,8 @@ def test_with_several_regions_a_board_lies_under_the_plates_of_a_region_and_nowh
     occupied = {data.split_cell(item["cell"], 6)[0] for item in probe.meta["items"]}
     for x, y in itertools.product(range(3), repeat=2):
         between = [(x * 288 + 48 * i, y * 288 + 48) for i in range(1, 6)]  # no plate reaches there
-        boards = [probe.image.getpixel(pixel) == data.BOARD for pixel in between]
+        light = [np.array(probe.image.getpixel(pixel)) / data.BOARD for pixel in between]
+        boards = [colors.max() - colors.min() < 0.03 for colors in light]
         assert all(boards) if (x, y) in occupied else not any(boards)
 
 
@@ -92,8 +93,8 @@ def test_a_plate_is_drawn_in_its_cell_in_its_color():
     probe = make_probe("attribute", "hard", 0)
     for item in probe.meta["items"]:
         x, y = item["cell"]
-        on_the_bar = probe.image.getpixel((x * 48 + 24, y * 48 + 35))
-        assert on_the_bar == data.COLORS[item["parts"][2]]
+        bar, colors = np.array(probe.image.getpixel((x * 48 + 24, y * 48 + 36))), data.COLORS
+        assert min(colors, key=lambda name: np.abs(bar - colors[name]).sum()) == item["parts"][2]
 
 
 def test_a_scene_is_a_probe_that_is_not_drawn_yet():
