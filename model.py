@@ -355,6 +355,7 @@ def load_policy(
         sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 1}
         processor = transformers.Qwen2VLImageProcessorPil(**sizes, min_pixels=16 * 16, max_pixels=1024 * 1024)
         model = tiny_model(tokenizer).to(device, dtype or torch.float32)
+        model.set_attn_implementation(OUR_ATTENTION)
     else:
         adapter_config = Path(name) / "adapter_config.json"
         if adapter_config.exists():
@@ -367,11 +368,12 @@ def load_policy(
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(name)
             model = load_weights(name, quantize, device, dtype)
-        except OSError as error:
+            model.set_attn_implementation(OUR_ATTENTION)
+            model = add_adapters(model, adapter, lora_rank) if adapter or lora_rank else model
+        except UserError:
+            raise
+        except (OSError, ValueError, UserWarning) as error:  # what transformers and peft raise, and warn of
             raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    model.set_attn_implementation(OUR_ATTENTION)
-    if adapter or lora_rank:
-        model = add_adapters(model, adapter, lora_rank)
     return Policy(model, tokenizer, processor, change_protocol(protocol, wording), name)
 
 

@@ -93,10 +93,8 @@ def python(code: str, **more) -> subprocess.Popen:
 
 
 def test_a_second_process_is_refused_until_the_first_ends_even_by_kill_9(tmp_path):
-    code = (
-        f"import common, pathlib, time; common.lock(pathlib.Path({str(tmp_path)!r})); print(1, flush=True); "
-    )
-    first = python(code + "time.sleep(600)")
+    lock = f"common.lock(pathlib.Path({str(tmp_path)!r}))"
+    first = python(f"import common, pathlib, time; {lock}; print(1, flush=True); time.sleep(600)")
     assert first.stdout.readline() == "1\n"
     with pytest.raises(UserError, match="another process is writing to"):
         common.lock(tmp_path)

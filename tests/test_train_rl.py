@@ -222,7 +222,7 @@ def invent(monkeypatch):
     """invent(*groups) puts an Inventor in the place of rollout. Pictures of 2 x 2 cells: quick to draw."""
     stream = data.probe_stream
     size = {"regions": 1, "grid": 2, "cell": 24, "candidates": 4}
-    monkeypatch.setattr(train_rl, "probe_stream", lambda *args: stream(*args, **size))
+    monkeypatch.setattr(train_rl, "probe_stream", lambda *args, regions: stream(*args, **size))
 
     def put(*groups, **options) -> Inventor:
         monkeypatch.setattr(train_rl, "rollout", Inventor(*groups, **options))
