@@ -40,7 +40,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import UserError, cli, write_atomic, write_lines
+from common import UserError, cli, replacing, write_atomic, write_lines
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
@@ -482,9 +482,10 @@ def write_search(
     It lists the plates and crops one after the other. Where there are several regions, it lists those with
     boards, crops one, does the same inside of that observation, and goes on with the next region. pattern:
     "depth_first" follows its lists, the first of them from a random place on, round its end;
-    "trial_and_error" takes places in random order. Neither returns to one. impatience: after the n-th miss
-    it guesses with probability impatience * n. slip: chance, per place, that an empty one is taken for one
-    more; a look tells ("plates nothing", "see nothing"), and the search goes on.
+    "trial_and_error" takes places in random order, and lists no plates where there is one region. Neither
+    returns to a place. impatience: after the n-th miss it guesses with probability impatience * n. slip:
+    chance, per place, that an empty one is taken for one more; a look tells ("plates nothing", "see
+    nothing"), and the search goes on.
     """
     regions, grid = probe.meta["regions"], probe.meta["grid"]
     step = "next" if pattern == "depth_first" else "try"
@@ -500,18 +501,21 @@ def write_search(
         return places[start:] + places[:start]
 
     planned = _plan(at, regions, slip, rng)
-    thought = f"regions {' '.join(map(region_name, planned))}, {step}"
+    lead = f"regions {' '.join(map(region_name, planned))}, "
     texts, misses, source = [], 0, 0
     for region in order(planned, first=True):
-        cells = _plan(at.get(region, ()), grid, slip, rng)
-        plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}"
+        name, cells = region_name(region), _plan(at.get(region, ()), grid, slip, rng)
+        plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}, "
         if regions > 1:
-            texts.append(_crop_text(f"{thought} {region_name(region)}", cell_box(region, regions)))
-            source = len(texts)  # the observation that shows this region
-            plates = f"in {region_name(region)}: {plates}"
-        thought = plates
+            texts.append(_crop_text(f"{lead}{step} {name}", cell_box(region, regions)))
+            source, lead = (
+                len(texts),
+                f"in {name}: {plates}",
+            )  # source: the observation that shows this region
+        else:
+            lead = plates if step == "next" else ""
         for cell in order(cells, first=regions == 1) if cells else ():
-            texts.append(_crop_text(f"{thought}, {step} {cell_name(cell)}", cell_box(cell, grid), source))
+            texts.append(_crop_text(f"{lead}{step} {cell_name(cell)}", cell_box(cell, grid), source))
             item = at.get(region, {}).get(cell)
             thought = _compare(probe, item)
             if item is not None and item["target"]:
@@ -520,19 +524,16 @@ def write_search(
             if rng.random() < impatience * misses:
                 guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
                 return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
-            thought += f", after {cell_name(cell)}"
-        thought += f", leave {region_name(region)}, {step}"
+            lead = f"{thought}, after {cell_name(cell)}, " if step == "next" else f"{thought}, "
+        lead += f"leave {name}, "
     raise ValueError("none of the plates is the target")
 
 
 def write_look(probe: Probe) -> list[str]:
-    """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen.
-
-    The second one also names all that is on the plate, wanted or not: so the glyphs are learned much sooner.
-    """
+    """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen."""
     (item,) = probe.meta["items"]
     look = _crop_text("look", (0.0, 0.0, 1.0, 1.0))
-    thought = f"{_compare(probe, item)}, on it: {', '.join(item['parts'])}"
+    thought = _compare(probe, item)
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
     return [look, look.replace("<think>", f"<think>{thought}, ")]
@@ -623,9 +624,8 @@ def main(cfg: Config) -> None:
     stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, backgrounds=photos)
     probes = [next(stream) for _ in tqdm(range(cfg.count), desc="probes")]
     save_probes(probes, cfg.out)
-    png = io.BytesIO()
-    draw_sheet(probes).save(png, "PNG")
-    write_atomic(cfg.out / "sheet.png", png.getvalue())
+    with replacing(cfg.out / "sheet.png") as temporary:
+        draw_sheet(probes).save(temporary)
     print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")
 
 

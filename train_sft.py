@@ -41,10 +41,10 @@ class Config(PolicyFlags):
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
-    steps: int = 690  # optimizer steps, warm-up included
-    warmup_steps: int = 360  # of which so many on single looks: perception first
-    warmup_looks: int = 26  # single looks per warm-up step
-    warmup_plans: int = 24  # first messages of a planned search, the list of plates, per warm-up step
+    steps: int = 900  # optimizer steps, warm-up included
+    warmup_steps: int = 560  # of which so many on single looks: perception first
+    warmup_looks: int = 40  # single looks per warm-up step
+    warmup_plans: int = 10  # beginnings of a planned search per warm-up step
     batch: int = 32  # searches per step
     lr: float = 2e-3  # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20  # steps to the peak
@@ -88,7 +88,7 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
         looks = [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), regions=cfg.regions)
         probes = itertools.islice(probes, cfg.warmup_plans)
-        plans = [replay(policy, p, data.write_search(p, rng, pattern="depth_first")[:1]) for p in probes]
+        plans = [replay(policy, p, data.write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
         return looks + plans
     scenes = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=cfg.regions)
     shares = {"trial_share": cfg.trial_share, "patient_share": cfg.patient_share, "slip": cfg.slip}

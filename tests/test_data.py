@@ -223,7 +223,7 @@ def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
         texts = write_search(probe, random.Random(seed), pattern=pattern, slip=1.0)
         for (region, cell), text in zip(looks_at(texts), texts[1:]):
             if cell and (region, cell) not in plates:
-                missed.append(f"want {goal}: see nothing, no, after " in text)
+                missed.append(f"want {goal}: see nothing, no, " in text)
             if not cell and region not in [plate[0] for plate in plates]:
                 empty.append(": plates nothing, leave " in text)
         assert play(probe, texts)[0].answer == probe.answer
@@ -249,8 +249,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
         first, second = data.write_look(scene)
         assert parse_action(first) == Crop((0.0, 0.0, 1.0, 1.0), 0)
         assert isinstance(parse_action(second), Answer if target else Crop)
-        seen = ", ".join(scene.meta["items"][0]["parts"])  # all of it is named: that teaches the glyphs
-        assert f", on it: {seen}" in second and ("yes, read" if target else ", no") in second
+        assert ("yes, read" if target else ", no") in second
 
 
 def test_the_warm_up_hides_the_first_view():
@@ -278,7 +277,7 @@ def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():
 
 def test_the_shares_of_patterns_and_patience_are_as_asked():
     assert all(", next" in texts[0] for _, texts in searches(8, trial_share=0.0))
-    assert all(", try" in texts[0] for _, texts in searches(8, trial_share=1.0))
+    assert all(texts[0].startswith("<think>try ") for _, texts in searches(8, trial_share=1.0))
     patient = searches(25, patient_share=1.0)
     assert not any("guess" in texts[-1] for _, texts in patient)
     assert any("guess" in texts[-1] for _, texts in searches(25, impatience=(0.5, 0.5), patient_share=0.0))
