@@ -15,7 +15,7 @@ possible answers), so knowing the colors of all plates, but not which is which, 
 
 With `regions` above 1 a picture has two levels: some of its regions hold a board with plates. The first view
 shows where boards are, a crop of a region shows its plates, and only a crop of that crop shows what is on
-one. The default policy does not learn that world well yet: see docs/log.md.
+one. The default training does not learn that world well yet: see docs/log.md.
 
 The scripted searcher knows the scene. It plays the cold-start searches: depth-first or trial-and-error, the
 goal restated at every look, slips that it notices, and an impatience that grows with every miss. Only
@@ -170,7 +170,7 @@ def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
     return noise
 
 
-def _background(side: int, contrast: float, photo: Image.Image | None, rng: np.random.Generator):
+def _background(side: int, contrast: float, photo: Image.Image | None, rng) -> Image.Image:
     """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that plates stand out."""
     if photo is None:
         part = Image.fromarray(np.uint8(127.5 + 127.5 * np.clip(_clutter(side // 4, 3, rng), -1, 1)))
@@ -193,7 +193,7 @@ def _levels(contrast: float) -> list[int]:
 def _draw_plate(
     image: Image.Image, parts: tuple[str, str, str], x: float, y: float, cell: int, height: float, tone: int
 ) -> None:
-    """A grey plate centered on pixel (x, y): two glyphs side by side, and a bar of its color below them."""
+    """A grey plate centered on pixel (x, y): two glyphs of `height` cells, a bar of its color below them."""
     left, right, color = parts
     size = round(height * cell)
     w, h, bar = 0.92 * cell, 0.62 * cell, 0.14 * cell
@@ -208,7 +208,7 @@ def _draw_plate(
 
 
 def draw_scene(probe: Probe) -> Image.Image:
-    """The picture of a scene: background, plates, and boards under them where there are several regions."""
+    """The picture of a scene: background, boards where there are several regions, plates, uneven light."""
     meta, (_, glyph, contrast) = probe.meta, DIFFICULTIES[probe.difficulty]
     rng, noise = random.Random(meta["draw_seed"]), np.random.default_rng(meta["draw_seed"])
     cell, region = meta["cell"], meta["grid"] * meta["cell"]  # pixels per side
@@ -297,11 +297,15 @@ def make_scene(
     # str seeds hash alike everywhere
     rng = random.Random(f"{kind}/{difficulty}/{seed}/{regions}/{grid}/{candidates}")
     count = rng.choice(DIFFICULTIES[difficulty][0]) if candidates is None else candidates
-    boards = min(regions**2, count, rng.randint(count // 6 + 1, count // 4 + 1))  # regions with plates
-    if not 0 < count <= boards * grid**2 or (count % 4 and count != 1):
+    if regions not in (1, 3):
+        raise UserError(f"--regions is 1 or 3 (per side of the picture), not {regions}")
+    if not 0 < count <= (regions * grid) ** 2 or (count % 4 and count != 1):
+        cells = regions * grid
         raise UserError(
-            f"{count} look-alikes: needs a multiple of 4 (or 1) that fits {boards} regions of {grid} x {grid}"
+            f"{count} look-alikes: needs a multiple of 4 (or 1) that fits {cells} x {cells} cells"
         )
+    boards = max(-(-count // grid**2), rng.randint(count // 6 + 1, count // 4 + 1))  # regions with plates
+    boards = min(regions**2, count, boards)
     question, items, checks, reads = _paint_plates(kind, max(count, 4), rng)
     answer = items[0]["answer"]
     if count == 1:  # one plate alone, as often the target as a look-alike: for the warm-up
@@ -323,7 +327,7 @@ def make_scene(
 def make_probe(kind: str, difficulty: str, seed: int, **size) -> Probe:
     """Draws one probe. The same arguments give the same probe everywhere (glyph edges vary with FreeType).
 
-    size: regions (the image is regions x regions of them), grid (a region is grid x grid cells, at most one
+    size: regions (per side of the image: 1 or 3), grid (a region is grid x grid cells, at most one
     plate in each), cell (pixels per side of a cell), candidates (K, the number of plates; None = drawn from
     DIFFICULTIES[difficulty]), backgrounds (paths of photographs, one of which lies under the plates; None =
     drawn clutter). UserError for an unknown kind or difficulty, or a K that does not fit.
@@ -342,7 +346,7 @@ def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: in
 
 
 def cell_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> Box:
-    """The box of a cell or region (column, row), xyxy relative, in the decimals that the searcher writes."""
+    """The box of a cell or region (column, row), xyxy relative. The searcher writes two decimals."""
     x, y = cell
     return tuple(round(v / grid, decimals) for v in (x, y, x + 1, y + 1))
 
@@ -508,10 +512,7 @@ def write_search(
         plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}, "
         if regions > 1:
             texts.append(_crop_text(f"{lead}{step} {name}", cell_box(region, regions)))
-            source, lead = (
-                len(texts),
-                f"in {name}: {plates}",
-            )  # source: the observation that shows this region
+            source, lead = len(texts), f"in {name}: {plates}"  # source: the view of this region
         else:
             lead = plates if step == "next" else ""
         for cell in order(cells, first=regions == 1) if cells else ():
@@ -586,6 +587,7 @@ class Config:
     kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
+    regions: int = 1  # regions per side of the picture; 3: the world of two levels
     backgrounds: Path | None = None  # folder of photographs to lie under the plates; default: drawn clutter
 
 
@@ -621,9 +623,9 @@ def main(cfg: Config) -> None:
     photos = list_photos(cfg.backgrounds) if cfg.backgrounds else None
     if cfg.count < 1:
         raise UserError("--count starts at 1")
-    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, backgrounds=photos)
-    probes = [next(stream) for _ in tqdm(range(cfg.count), desc="probes")]
-    save_probes(probes, cfg.out)
+    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, regions=cfg.regions, backgrounds=photos)
+    probes = list(itertools.islice(stream, cfg.count))
+    save_probes(tqdm(probes, desc="probes"), cfg.out)
     with replacing(cfg.out / "sheet.png") as temporary:
         draw_sheet(probes).save(temporary)
     print(f"{cfg.count} probes in {cfg.out}; look at {cfg.out / 'sheet.png'}")

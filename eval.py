@@ -112,7 +112,9 @@ def hide_image(probe: Probe, control: str, policy: Policy) -> Probe:
     image = probe.open()
     if control == "blind":
         return replace(probe, image=Image.new("RGB", image.size, (128, 128, 128)))
-    views = probe.meta["regions"] ** 2 if control == "regions" else 1  # that together show the whole image
+    views = (
+        probe.meta.get("regions", 1) ** 2 if control == "regions" else 1
+    )  # that together show the whole image
     coarse = fit_pixels(image, policy.protocol.min_pixels * views, policy.protocol.max_pixels * views)
     return replace(probe, image=coarse.resize(image.size))
 

@@ -373,7 +373,7 @@ def load_policy(
         except UserError:
             raise
         except (OSError, ValueError, UserWarning) as error:  # what transformers and peft raise, and warn of
-            raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"cannot load {name}: {(str(error) or repr(error)).splitlines()[0]}") from error
     return Policy(model, tokenizer, processor, change_protocol(protocol, wording), name)
 
 

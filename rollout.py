@@ -449,7 +449,7 @@ def describe_card(e: Episode) -> dict:
         turns[-1]["error"] = (
             None if turn in views or e.stop == "answer" and turn == e.turns else next(errors, None)
         )
-    picture, reward = e.probe.open(), e.reward if e.judged else None
+    picture, reward = e.probe.open(), e.reward if e.judged and e.probe.answer else None
     card = {"question": e.probe.prompt(), "answer": e.probe.answer, "prediction": e.answer, "turns": turns}
     card |= {
         "picture": embed_image(picture, 720),
@@ -486,14 +486,14 @@ def main(cfg: Config) -> None:
         raise UserError("--image and --question go together; without both, it searches a fresh probe")
     probe = next(probe_stream(PROBE_KINDS, ("hard",), cfg.seed))
     if cfg.image:
-        probe = Probe(load_image(cfg.image), cfg.question, answer="")
+        probe = Probe(load_image(cfg.image), cfg.question, answer=[])
     policy = load_policy(str(cfg.init), **policy_flags(cfg))
     print(probe.prompt())
     (episode,) = rollout(policy, [probe], verbose=True, **rollout_flags(cfg))
     known = f"   the answer is {probe.answer}" if probe.answer else ""
     print(f"stop: {episode.stop}   it says: {episode.answer}{known}")
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    picture, page = cfg.out.with_suffix(".png"), cfg.out.with_suffix(".html")
+    picture, page = (cfg.out.with_name(cfg.out.name + ending) for ending in (".png", ".html"))
     with replacing(picture) as temporary:
         draw_search(episode).save(temporary)
     write_page(page, [episode])

@@ -47,7 +47,9 @@ from rollout import CHECKPOINTS, Episode, describe, rollout, rollout_flags, writ
 
 @dataclass(frozen=True)
 class Config(PolicyFlags):
-    init: Path = Path("runs/sft")  # the policy to start from: a run of train_sft.py, or what its --base takes
+    # The policy to start from: a run of train_sft.py, or what its --base takes; the tiny one starts from
+    # checkpoints/tiny_sft where there is no runs/sft.
+    init: Path = Path("runs/sft")
     out: Path = Path("runs/rl")  # run directory
     seed: int = 0  # questions and sampling
     steps: int = 45  # rollout phases
@@ -323,7 +325,7 @@ def summarise(rolled: list[list[Episode]]) -> dict:
 def main(cfg: Config) -> None:
     published = [probe for path in cfg.data for probe in load_probes(path)]
     torch.manual_seed(cfg.seed)
-    if cfg.init == Config.init and not cfg.init.exists():
+    if cfg.init == Config.init and not cfg.init.exists() and not cfg.lora_rank:
         cfg = replace(cfg, init=CHECKPOINTS / "tiny_sft")
         print(f"no {Config.init} here: starts from {cfg.init}, the cold start of this repository")
     policy = load_policy(str(cfg.init), **policy_flags(cfg))

@@ -42,7 +42,7 @@ class Config(PolicyFlags):
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
     steps: int = 900  # optimizer steps, warm-up included
-    warmup_steps: int = 560  # of which so many on single looks: perception first
+    warmup_steps: int = 560  # of which so many on looks and beginnings of searches: perception first
     warmup_looks: int = 40  # single looks per warm-up step
     warmup_plans: int = 10  # beginnings of a planned search per warm-up step
     batch: int = 32  # searches per step

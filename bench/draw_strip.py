@@ -27,7 +27,7 @@ SIDE, VIEW, GAP = 288, 144, 12  # pixels of the picture and of an enlarged view,
 
 @dataclass(frozen=True)
 class Config:
-    init: Path = Path("runs/rl")  # the policy
+    init: Path = Path("checkpoints/tiny_rl")  # the policy
     out: Path = Path("docs/search.png")
     looks: int = 6  # crops of the search to show
     backgrounds: Path | None = None  # folder of photographs; default: drawn clutter
