@@ -300,12 +300,9 @@ def make_scene(
     if regions not in (1, 3):
         raise UserError(f"--regions is 1 or 3 (per side of the picture), not {regions}")
     if not 0 < count <= (regions * grid) ** 2 or (count % 4 and count != 1):
-        cells = regions * grid
-        raise UserError(
-            f"{count} look-alikes: needs a multiple of 4 (or 1) that fits {cells} x {cells} cells"
-        )
-    boards = max(-(-count // grid**2), rng.randint(count // 6 + 1, count // 4 + 1))  # regions with plates
-    boards = min(regions**2, count, boards)
+        raise UserError(f"{count} look-alikes: needs 1 or a multiple of 4, at most {(regions * grid) ** 2}")
+    # Regions with plates.
+    boards = min(regions**2, count, max(-(-count // grid**2), rng.randint(count // 6 + 1, count // 4 + 1)))
     question, items, checks, reads = _paint_plates(kind, max(count, 4), rng)
     answer = items[0]["answer"]
     if count == 1:  # one plate alone, as often the target as a look-alike: for the warm-up
@@ -560,10 +557,10 @@ def cold_start(
 ) -> Iterator[tuple[Probe, list[str]]]:
     """Endless (probe, messages) of searches that end right within max_turns (paper, section 3.2).
 
-    scenes: as probe_stream gives them. trial_share: share of trial-and-error
-    searches, the rest are depth-first. impatience: (lowest, highest), drawn log-uniformly for each search,
-    so that some give up at every length. patient_share: share of searches that never guess: they teach what
-    a long search looks like. UserError for an impatience that is no range above 0.
+    scenes: as probe_stream gives them. trial_share: share of trial-and-error searches, the rest are
+    depth-first. impatience: (lowest, highest), drawn log-uniformly for each search, so that some give up at
+    every length. patient_share: share of searches that never guess: they teach what a long search looks
+    like. UserError for an impatience that is no range above 0.
     """
     low, high = impatience
     if not 0 < low <= high or max_turns < 2:

@@ -4,8 +4,8 @@
     overview     the 48 x 48 view of the whole image, as the tiny policy sees it; where there are several
                  regions, the views of all of them, which show more. A strong reader: it knows every cell
                  that holds a plate, has a template of every possible plate at 25 offsets, drawn and
-                 reduced by the same code, and the covariance of what clutter and light add; it weighs all plates and
-                 offsets
+                 reduced by the same code, and the covariance of what clutter and light add; it weighs all
+                 plates and offsets
     black crops  a crop of every plate, but black: what the positions of crops alone give away
     gold crop    the one right crop at 48 x 48, read glyph by glyph, by correlation over offsets
     all crops    a crop of every plate: the reader has to find the right one too

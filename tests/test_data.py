@@ -118,7 +118,7 @@ def test_a_single_plate_is_the_target_about_as_often_as_not():
         (("sign", "hard"), {"candidates": 5}, "5 look-alikes"),
         (("sign", "hard"), {"candidates": 6}, "6 look-alikes"),
         (("sign", "hard"), {"candidates": 40}, "40 look-alikes"),
-        (("sign", "hard"), {"candidates": 8, "grid": 2}, "fits 2 x 2 cells"),
+        (("sign", "hard"), {"candidates": 8, "grid": 2}, "at most 4"),
     ],
 )
 def test_a_probe_that_cannot_be_drawn_is_refused(arguments, size, message):
