@@ -114,7 +114,7 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
         angles = [2 * math.pi * i / 40 for i in range(40)]
         waves = ((13, 1), (-5, 2), (-2, 3), (-1, 4))
         heights = [sum(height * math.cos(n * a) for height, n in waves) for a in angles]
-        return [(0.5 + 0.5 * math.sin(a) ** 3, 0.45 - 0.031 * y) for a, y in zip(angles, heights)]
+        return [(0.5 + 0.496 * math.sin(a) ** 3, 0.45 - 0.031 * y) for a, y in zip(angles, heights)]
     return [(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]
 
 
@@ -502,18 +502,17 @@ def write_search(
         return places[start:] + places[:start]
 
     planned = _plan(at, regions, slip, rng)
-    lead = f"regions {' '.join(map(region_name, planned))}, "
+    lead = f"regions {' '.join(map(region_name, planned))}, {step}"  # what comes before the next place
     texts, misses, source = [], 0, 0
     for region in order(planned, first=True):
         name, cells = region_name(region), _plan(at.get(region, ()), grid, slip, rng)
-        plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}, "
+        plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}"
         if regions > 1:
-            texts.append(_crop_text(f"{lead}{step} {name}", cell_box(region, regions)))
-            source, lead = len(texts), f"in {name}: {plates}"  # source: the view of this region
-        else:
-            lead = plates if step == "next" else ""
+            texts.append(_crop_text(f"{lead} {name}", cell_box(region, regions)))
+            source, plates = len(texts), f"in {name}: {plates}"  # source: the view of this region
+        lead = f"{plates}, {step}" if regions > 1 or step == "next" else step
         for cell in order(cells, first=regions == 1) if cells else ():
-            texts.append(_crop_text(f"{lead}{step} {cell_name(cell)}", cell_box(cell, grid), source))
+            texts.append(_crop_text(f"{lead} {cell_name(cell)}", cell_box(cell, grid), source))
             item = at.get(region, {}).get(cell)
             thought = _compare(probe, item)
             if item is not None and item["target"]:
@@ -522,15 +521,16 @@ def write_search(
             if rng.random() < impatience * misses:
                 guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
                 return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
-            lead = f"{thought}, after {cell_name(cell)}, " if step == "next" else f"{thought}, "
-        lead += f"leave {name}, "
+            # Nothing between a place and the next: heads learn soon to copy what followed it in the list.
+            lead = f"{thought}, after {cell_name(cell)}" if step == "next" else f"{thought}, try"
+        lead = f"{lead.removesuffix(f', {step}')}, leave {name}, {step}"
     raise ValueError("none of the plates is the target")
 
 
 def write_look(probe: Probe) -> list[str]:
     """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen."""
     (item,) = probe.meta["items"]
-    look = _crop_text("look", (0.0, 0.0, 1.0, 1.0))
+    look = _crop_text(f"try {cell_name(item['cell'])}", (0.0, 0.0, 1.0, 1.0))
     thought = _compare(probe, item)
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]

@@ -116,7 +116,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     wording = """system\\n|user\\n|assistant\\n|Search the picture.|Observation |That failed.|
 What color is the tag with |the | and |What number is on sign |What number is left of the |
 <think>|</think>|<answer>|</answer>|<grounding>{"bbox_2d": [|], "source": "original_image"}</grounding>|
-], "source": "observation_|"}</grounding>|<think>look|, look|<think>want |, want |: see |nothing|
+], "source": "observation_|"}</grounding>|<think>want |, want |: see |nothing|
 , yes|, no|, read |<think>plates|<think>try|<think>regions|<think>in|: plates|, next|, after|, leave|
 , try|, guess|, """
     phrases = [phrase.replace("\\n", "\n") for phrase in wording.replace("|\n", "|").split("|")]

@@ -208,7 +208,7 @@ def test_lists_go_in_blocks_of_two_by_two_and_the_first_is_followed_round():
     flat = make_scene("sign", "hard", 2)
     for texts in (write_search(flat, random.Random(seed), pattern="depth_first") for seed in range(30)):
         listed, _, visited = texts[0].partition("plates ")[2].partition(",")
-        visited = re.findall(r"next (\w+)", visited + " ".join(texts[1:]))
+        visited = re.findall(r"(?:next|after \w+) (\w+)", visited + " ".join(texts[1:]))
         firsts.add(visited[0])
         assert " ".join(visited) in f"{listed} {listed}"
     assert len(firsts) > 8
