@@ -15,7 +15,7 @@ not depend on the rows beside it.
 
     Q questions, G rollouts per question, B rows of a wave, T tokens, K columns of the cache, V vocabulary
 
-    $ python rollout.py                            # a search by checkpoints/tiny_rl, --seed 1 for another
+    $ python rollout.py                            # a search by checkpoints/tiny_rl, --seed 2 for another
     $ python rollout.py --image photo.jpg --question "What color is the star?" --init Mini-o3/Mini-o3-7B-v1
 
 Read next: train_sft.py.
@@ -477,7 +477,7 @@ class Config(PolicyFlags):
     max_turns: int = 32  # assistant messages
     max_turn_tokens: int = 1024  # a longer message is cut, and the search ends
     temperature: float = 1.0  # 0 takes the most likely token
-    seed: int = 0  # of sampling, and of the probe
+    seed: int = 1  # of sampling, and of the probe
     compile: bool = False  # torch.compile of the one-token step; not measured on a GPU yet
 
 

@@ -598,7 +598,7 @@ def test_the_checkpoints_open_anywhere_and_find_what_they_are_said_to_find(name)
 
 
 def test_without_arguments_the_command_searches_a_fresh_probe_with_the_checkpoint(tmp_path, monkeypatch):
-    code, said, _ = run_main(monkeypatch, "rollout.py", "--out", tmp_path / "search", "--seed", 1)
+    code, said, _ = run_main(monkeypatch, "rollout.py", "--out", tmp_path / "search")
     probe = next(data.probe_stream(data.PROBE_KINDS, ("hard",), 1))
     (card,) = read_cards(tmp_path / "search.html")
     assert code == 0 and said[0] == probe.question == card["question"] and len(card["turns"]) == len(said) - 3
