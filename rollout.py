@@ -431,7 +431,7 @@ def draw_search(episode: Episode, side: int = 900) -> Image.Image:
 
 def embed_image(image: Image.Image, side: int) -> str:
     """The image as a data: URL, reduced to at most `side` pixels on its longer side."""
-    image, buffer = image.copy(), io.BytesIO()
+    image, buffer = image.convert("RGB"), io.BytesIO()
     image.thumbnail((side, side))
     kind = "png" if max(image.size) <= 128 else "jpeg"
     image.save(buffer, kind)
