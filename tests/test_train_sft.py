@@ -90,6 +90,12 @@ def test_micro_batches_change_nothing(tmp_path):
     assert one[0]["grad_norm"] == pytest.approx(other[0]["grad_norm"], rel=1e-3)
 
 
+def test_only_what_the_searcher_said_is_trained(policy, batches):
+    for episode in [e for batch in batches for e in batch]:
+        said = policy.decode(episode.token_ids[episode.assistant_mask])
+        assert said == "".join(episode.texts) and "Observation" not in said
+
+
 # ---------------------------------------------------------------------------------------------- the batches
 
 
