@@ -506,11 +506,11 @@ def write_search(
     texts, misses, source = [], 0, 0
     for region in order(planned, first=True):
         name, cells = region_name(region), _plan(at.get(region, ()), grid, slip, rng)
-        plates = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}"
+        thought = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}"
         if regions > 1:
             texts.append(_crop_text(f"{lead} {name}", cell_box(region, regions)))
-            source, plates = len(texts), f"in {name}: {plates}"  # source: the view of this region
-        lead = f"{plates}, {step}" if regions > 1 or step == "next" else step
+            source, thought = len(texts), f"in {name}: {thought}"  # source: the view of this region
+        lead = f"{thought}, {step}" if regions > 1 or step == "next" else step
         for cell in order(cells, first=regions == 1) if cells else ():
             texts.append(_crop_text(f"{lead} {cell_name(cell)}", cell_box(cell, grid), source))
             item = at.get(region, {}).get(cell)
@@ -522,8 +522,9 @@ def write_search(
                 guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
                 return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
             # Nothing between a place and the next: heads learn soon to copy what followed it in the list.
-            lead = f"{thought}, after {cell_name(cell)}" if step == "next" else f"{thought}, try"
-        lead = f"{lead.removesuffix(f', {step}')}, leave {name}, {step}"
+            thought += f", after {cell_name(cell)}" if step == "next" else ""
+            lead = thought if step == "next" else f"{thought}, {step}"
+        lead = f"{thought}, leave {name}, {step}"
     raise ValueError("none of the plates is the target")
 
 

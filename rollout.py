@@ -155,7 +155,8 @@ class Episode:
 
     def finish(self, env: CropEnv) -> None:
         """Takes the outcome over from the environment, and grades it."""
-        self.token_ids, self.assistant_mask = np.array(self.token_ids), np.array(self.assistant_mask, bool)
+        self.token_ids = np.array(self.token_ids, np.int64)
+        self.assistant_mask = np.array(self.assistant_mask, bool)
         self.logprobs = np.array(self.logprobs, np.float32)
         self.crops, self.crop_turns, self.errors = env.crops, env.crop_turns, env.errors
         self.turns, self.stop, self.answer = env.turn, env.stop, env.answer
@@ -451,14 +452,9 @@ def describe_card(e: Episode) -> dict:
         )
     picture, reward = e.probe.open(), e.reward if e.judged and e.probe.answer else None
     card = {"question": e.probe.prompt(), "answer": e.probe.answer, "prediction": e.answer, "turns": turns}
-    card |= {
-        "picture": embed_image(picture, 720),
-        "size": picture.size,
-        "kind": e.probe.source,
-        "stop": e.stop,
-    }
-    card |= {"reward": reward, "verdict": {1.0: "right", 0.0: "wrong"}.get(reward, "unjudged")}
-    return card | {"advantage": e.advantage, "masked": e.masked}
+    card |= {"picture": embed_image(picture, 720), "size": picture.size, "reward": reward}
+    card |= {"kind": e.probe.source, "stop": e.stop, "advantage": e.advantage, "masked": e.masked}
+    return card | {"verdict": {1.0: "right", 0.0: "wrong"}.get(reward, "unjudged")}
 
 
 def write_page(path: Path, episodes: list[Episode]) -> None:

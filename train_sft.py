@@ -83,7 +83,7 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     seed = rng.getrandbits(48)
     if step < cfg.warmup_steps:
-        plates = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=1, grid=1, candidates=1)
+        plates = data.probe_stream(cfg.kinds, cfg.difficulties, seed, grid=1, candidates=1)
         plates = itertools.islice(plates, cfg.warmup_looks)
         looks = [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
         probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), regions=cfg.regions)

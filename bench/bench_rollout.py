@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 import rollout as rollout_module
-from data import Probe, cell_box, make_probe
+from data import Probe, cell_box, cell_name, make_probe
 from env import Crop, format_action
 from model import OUR_ATTENTION, Policy, load_policy, policy_flags
 from rollout import Episode, Wave, rollout
@@ -57,7 +57,7 @@ class Config:
 def write_script(policy: Policy, number: int, turns: int) -> list[tuple[int, ...]]:
     """The messages of an episode as token ids: looks at one cell after the other, then an answer."""
     places = [divmod((look + 7 * number) % 36, 6) for look in range(turns - 1)]
-    texts = [f"<think>look</think>{format_action(Crop(cell_box(place, 6), 0))}" for place in places]
+    texts = [f"<think>try {cell_name(p)}</think>{format_action(Crop(cell_box(p, 6), 0))}" for p in places]
     return [policy.encode(text) for text in [*texts, "<think>read 4</think><answer>4</answer>"]]
 
 

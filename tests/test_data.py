@@ -104,7 +104,7 @@ def test_a_scene_is_a_probe_that_is_not_drawn_yet():
 
 
 def test_a_single_plate_is_the_target_about_as_often_as_not():
-    single = {"regions": 1, "grid": 1, "candidates": 1}
+    single = {"grid": 1, "candidates": 1}
     scenes = [make_scene("attribute", "hard", seed, **single) for seed in range(200)]
     assert all(len(scene.meta["items"]) == 1 for scene in scenes)
     assert 70 < sum(scene.meta["items"][0]["target"] for scene in scenes) < 130
@@ -242,7 +242,7 @@ def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
 
 
 def test_a_look_at_a_single_plate_reads_it_or_says_no():
-    single = {"regions": 1, "grid": 1, "candidates": 1}
+    single = {"grid": 1, "candidates": 1}
     scenes = (make_scene("relation", "hard", seed, **single) for seed in itertools.count())
     for target in (True, False):
         scene = next(s for s in scenes if s.meta["items"][0]["target"] == target)
@@ -253,7 +253,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
 
 
 def test_the_warm_up_hides_the_first_view():
-    probe = make_probe("sign", "hard", 0, regions=1, grid=1, candidates=1)
+    probe = make_probe("sign", "hard", 0, grid=1, candidates=1)
     env = data.WarmUpEnv(probe.image, "?", 2)
     assert [part["type"] for part in env.reset()[1]["content"]] == ["text"]
     reply, _ = env.step(data.write_look(probe)[0])
