@@ -1,21 +1,17 @@
 """Probes that force a search, and the scripted searcher that shows how to search.
 
-A probe is one image, one question, one right answer. K plates lie scattered over a cluttered picture. From
-afar they all look alike, and only a crop shows what is painted on one. The question names one plate by what
-is painted on it and asks for something else on it, so the K plates must be tried one by one: (K + 1) / 2
-looks on average. K is the difficulty dial. The K answers are exactly balanced (K is a multiple of the four
-possible answers), so knowing the colors of all plates, but not which is which, is worth nothing: chance is
-25 %.
+A probe is one image, one question, one right answer. A cluttered picture has 3 x 3 regions, and some of them
+hold a board with plates. The first view shows where the boards are. A crop of a region shows its plates,
+which look alike, and only a crop of that crop shows what is painted on one. The question names one plate by
+what is painted on it and asks for something else on it, so K plates must be tried one by one, region by
+region. K is the difficulty dial. The K answers are exactly balanced (K is a multiple of the four possible
+answers), so knowing the colors of all plates, but not which is which, is worth nothing: chance is 25 %.
 
     kind         on a plate             question                                 answer
     attribute    a shape, a letter      What color is the tag with the star?     red, green, blue, yellow
     sign         a letter, a digit      What number is on sign K?                2, 4, 7, 9
     conjunction  a shape, a digit       What color is the tag with star and 7?   a color
     relation     a digit and a shape    What number is left of the star?         a digit
-
-With `regions` above 1 a picture has two levels: some of its regions hold a board with plates. The first view
-shows where boards are, a crop of a region shows its plates, and only a crop of that crop shows what is on
-one. The default training does not learn that world well yet: see docs/log.md.
 
 The scripted searcher knows the scene. It plays the cold-start searches: depth-first or trial-and-error, the
 goal restated at every look, slips that it notices, and an impatience that grows with every miss. Only
@@ -36,7 +32,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +42,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from env import Box, Crop, CropEnv, fit_pixels, format_action, grade, load_image
+from env import Box, Crop, CropEnv, fit_pixels, format_action, grade, load_image, source_name
 
 PROBE_KINDS = ("attribute", "sign", "conjunction", "relation")
 DIFFICULTIES = {  # numbers of look-alikes K, height of a glyph in cells, contrast of the background
@@ -164,8 +160,7 @@ def _clutter(side: int, channels: int, rng: np.random.Generator) -> np.ndarray:
     noise = np.zeros((side, side, channels), np.float32)
     for octave, strength in ((3, 0.45), (9, 0.32), (27, 0.23)):
         small = rng.integers(0, 256, (octave, octave, channels), dtype=np.uint8)
-        band = Image.fromarray(small[..., 0] if channels == 1 else small)
-        band = band.resize((side, side), Image.Resampling.BICUBIC)
+        band = Image.fromarray(small.squeeze()).resize((side, side), Image.Resampling.BICUBIC)
         noise += strength * (np.asarray(band, np.float32).reshape(noise.shape) / 127.5 - 1)
     return noise
 
@@ -174,20 +169,10 @@ def _background(side: int, contrast: float, photo: Image.Image | None, rng) -> I
     """Drawn clutter, or a random part of a photograph, pulled towards dark grey so that plates stand out."""
     if photo is None:
         part = Image.fromarray(np.uint8(127.5 + 127.5 * np.clip(_clutter(side // 4, 3, rng), -1, 1)))
-        part = part.resize((side, side), Image.Resampling.BICUBIC)
     else:
-        share = float(rng.uniform(0.6, 1.0))
-        w, h = max(1, int(photo.width * share)), max(1, int(photo.height * share))
-        left, top = int(rng.integers(0, photo.width - w + 1)), int(rng.integers(0, photo.height - h + 1))
-        part = photo.crop((left, top, left + w, top + h))
-        part = ImageOps.fit(part, (side, side), Image.Resampling.LANCZOS)
-    return part.point(_levels(contrast) * 3)
-
-
-@functools.cache
-def _levels(contrast: float) -> list[int]:
-    """For each of the 256 values of a pixel, what it is pulled to."""
-    return [round(min(175, max(0, 96 + (v - 127.5) * contrast / 70))) for v in range(256)]
+        part = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS, centering=rng.random(2))
+    levels = [round(min(175, max(0, 96 + (v - 127.5) * contrast / 70))) for v in range(256)]
+    return part.point(levels * 3).resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _draw_plate(
@@ -224,9 +209,9 @@ def draw_scene(probe: Probe) -> Image.Image:
         x, y = ((v + 0.5 + rng.uniform(-0.02, 0.02)) * cell for v in item["cell"])
         _draw_plate(image, item["parts"], x, y, cell, glyph, rng.randint(205, 235))
     # Uneven light. Without it, a matched filter reads plates in the overview (bench/bench_probes.py).
-    light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 500
+    light = 1 + (_clutter(side // 4, 1, noise)[..., 0] - 1) * contrast / 300
     light = Image.fromarray(np.uint8(255 * np.clip(light, 0, 1)))
-    light = light.resize((side, side), Image.Resampling.BICUBIC)
+    light = light.resize((side, side), Image.Resampling.BILINEAR)
     return ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
 
 
@@ -324,10 +309,10 @@ def make_scene(
 def make_probe(kind: str, difficulty: str, seed: int, **size) -> Probe:
     """Draws one probe. The same arguments give the same probe everywhere (glyph edges vary with FreeType).
 
-    size: regions (per side of the image: 1 or 3), grid (a region is grid x grid cells, at most one
-    plate in each), cell (pixels per side of a cell), candidates (K, the number of plates; None = drawn from
-    DIFFICULTIES[difficulty]), backgrounds (paths of photographs, one of which lies under the plates; None =
-    drawn clutter). UserError for an unknown kind or difficulty, or a K that does not fit.
+    size: regions (per side of the image: 3, or 1 without boards), grid (a region is grid x grid cells, at
+    most one plate in each), cell (pixels per side of a cell), candidates (K, the number of plates; None =
+    drawn from DIFFICULTIES[difficulty]), backgrounds (paths of photographs, one of which lies under the
+    plates; None = drawn clutter). UserError for an unknown kind or difficulty, or a K that does not fit.
     """
     probe = make_scene(kind, difficulty, seed, **size)
     return replace(probe, image=draw_scene(probe))
@@ -340,6 +325,33 @@ def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: in
     rng = random.Random(f"stream/{seed}")
     while True:
         yield make_scene(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
+
+
+@functools.cache
+def list_photos(folder: Path) -> list[str]:
+    """The image files of a folder, by their endings, in order. UserError if there are none."""
+    endings = Image.registered_extensions()
+    paths = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in endings) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"--backgrounds: no image files in {folder}")
+    return paths
+
+
+@dataclass(frozen=True)
+class ProbeFlags:
+    """What to draw: the Config of each script that draws probes has these fields."""
+
+    kinds: tuple[str, ...] = PROBE_KINDS
+    difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
+    regions: int = 1  # regions per side of a picture; 3: a world of two levels, where crops need a crop
+    candidates: int | None = None  # plates per picture; default: by difficulty
+    backgrounds: Path | None = None  # folder of photographs to lie under the plates; default: drawn clutter
+
+    def draw_probes(self, seed: int, **size) -> Iterator[Probe]:
+        """probe_stream of these flags; size: see make_probe. UserError for a folder without photographs."""
+        photos = list_photos(self.backgrounds) if self.backgrounds else None
+        flags = {"regions": self.regions, "candidates": self.candidates, "backgrounds": photos}
+        return probe_stream(self.kinds, self.difficulties, seed, **flags | size)
 
 
 def cell_box(cell: tuple[int, int], grid: int, decimals: int = 2) -> Box:
@@ -373,16 +385,15 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
     """
     directory, rows = Path(directory), []
     refuse_old_set(directory)
+    (directory / "images").mkdir(parents=True, exist_ok=True)
     for number, probe in enumerate(probes):
         if isinstance(probe.image, (str, Path)):
             name = str(Path(probe.image).absolute())
         else:
             name, png = f"images/{number:05d}.png", io.BytesIO()
             probe.open().save(png, "PNG")
-            (directory / "images").mkdir(parents=True, exist_ok=True)
             write_atomic(directory / name, png.getvalue())
         rows.append({**vars(probe), "image": name})
-    directory.mkdir(parents=True, exist_ok=True)
     write_lines(directory / "probes.jsonl", rows)
 
 
@@ -410,9 +421,8 @@ def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
         for number, line in enumerate(itertools.islice(lines, limit), 1):
             try:
                 probes.append(_read_row(json.loads(line.decode("utf-8-sig")), file.parent))
-            except RecursionError:
-                raise UserError(f"{file}, row {number}: is nested too deeply") from None
-            except ValueError as error:  # no UTF-8, no JSON, an answer that is no option, the checks below
+            # no UTF-8, no JSON, JSON nested too deeply, an answer that is no option, the checks below
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, row {number}: {error}") from None
     if not probes:
         raise UserError(f"{file}: holds no rows")
@@ -467,9 +477,8 @@ def _compare(probe: Probe, item: dict | None) -> str:
     return ", ".join([*thoughts, f"read {item['parts'][probe.meta['reads']]}"])
 
 
-def _plan(places: Iterable[tuple[int, int]], size: int, slip: float, rng: random.Random) -> list:
+def _plan(places: Collection[tuple[int, int]], size: int, slip: float, rng: random.Random) -> list:
     """The places to visit, in blocks of 2 x 2. slip: chance, per place, that an empty one is among them."""
-    places = list(places)
     empty = [(x, y) for y in range(size) for x in range(size) if (x, y) not in places]
     slips = min(sum(rng.random() < slip for _ in places), len(empty))
     return sorted([*places, *rng.sample(empty, slips)], key=lambda p: (p[1] // 2, p[0] // 2, p[1], p[0]))
@@ -480,16 +489,17 @@ def write_search(
 ) -> list[str]:
     """The assistant messages of one whole search through a drawn probe, in order (the scene is known).
 
-    It lists the plates and crops one after the other. Where there are several regions, it lists those with
-    boards, crops one, does the same inside of that observation, and goes on with the next region. pattern:
-    "depth_first" follows its lists, the first of them from a random place on, round its end;
-    "trial_and_error" takes places in random order, and lists no plates where there is one region. Neither
+    It lists the regions with boards and crops one, lists the plates in that observation and crops them one
+    after the other, and goes on with the next region. pattern: "depth_first" follows its lists, the first of
+    them from a random place on, round its end; "trial_and_error" takes their places in random order. Neither
     returns to a place. impatience: after the n-th miss it guesses with probability impatience * n. slip:
     chance, per place, that an empty one is taken for one more; a look tells ("plates nothing", "see
     nothing"), and the search goes on.
     """
     regions, grid = probe.meta["regions"], probe.meta["grid"]
     step = "next" if pattern == "depth_first" else "try"
+    # Nothing between a place and the next: heads learn soon to copy what followed it in the list.
+    go = "" if step == "next" else ", try"
     at: dict[tuple, dict] = {}  # region -> cell inside it -> item
     for item in probe.meta["items"]:
         region, cell = split_cell(item["cell"], grid)
@@ -504,13 +514,16 @@ def write_search(
     planned = _plan(at, regions, slip, rng)
     lead = f"regions {' '.join(map(region_name, planned))}, {step}"  # what comes before the next place
     texts, misses, source = [], 0, 0
-    for region in order(planned, first=True):
+    path = order(planned, first=True)
+    for number, region in enumerate(path, 1):
         name, cells = region_name(region), _plan(at.get(region, ()), grid, slip, rng)
         thought = f"plates {' '.join(map(cell_name, cells)) or 'nothing'}"
         if regions > 1:
             texts.append(_crop_text(f"{lead} {name}", cell_box(region, regions)))
-            source, thought = len(texts), f"in {name}: {thought}"  # source: the view of this region
-        lead = f"{thought}, {step}" if regions > 1 or step == "next" else step
+            source = len(texts)  # the view of this region; naming it first makes it easy to copy
+            rest = f", then {' '.join(map(region_name, path[number:]))}" if path[number:] and not go else ""
+            thought = f"in {name}, {source_name(source)}{rest}: {thought}"
+        lead = f"{thought}, {step}"
         for cell in order(cells, first=regions == 1) if cells else ():
             texts.append(_crop_text(f"{lead} {cell_name(cell)}", cell_box(cell, grid), source))
             item = at.get(region, {}).get(cell)
@@ -521,18 +534,20 @@ def write_search(
             if rng.random() < impatience * misses:
                 guess = rng.choice(DIGITS if probe.answer in DIGITS else list(COLORS))
                 return [*texts, f"<think>{thought}, guess</think><answer>{guess}</answer>"]
-            # Nothing between a place and the next: heads learn soon to copy what followed it in the list.
             thought += f", after {cell_name(cell)}" if step == "next" else ""
-            lead = thought if step == "next" else f"{thought}, {step}"
-        lead = f"{thought}, leave {name}, {step}"
+            lead = thought + go
+        lead = f"{thought}, leave {name}{go}"
     raise ValueError("none of the plates is the target")
 
 
 def write_look(probe: Probe) -> list[str]:
-    """Warm-up: two messages over a picture of a single plate, a crop of all of it and what is seen."""
+    """Warm-up: two messages over a picture of a single plate: a crop of all of it, and what is seen.
+
+    The thought ends with all that is on the plate. Three names for a look teach to read much sooner than one.
+    """
     (item,) = probe.meta["items"]
     look = _crop_text(f"try {cell_name(item['cell'])}", (0.0, 0.0, 1.0, 1.0))
-    thought = _compare(probe, item)
+    thought = f"{_compare(probe, item)}, on it: {', '.join(item['parts'])}"
     if item["target"]:
         return [look, f"<think>{thought}</think><answer>{item['answer']}</answer>"]
     return [look, look.replace("<think>", f"<think>{thought}, ")]
@@ -556,7 +571,7 @@ def cold_start(
     slip: float,
     max_turns: int,
 ) -> Iterator[tuple[Probe, list[str]]]:
-    """Endless (probe, messages) of searches that end right within max_turns (paper, section 3.2).
+    """Endless (drawn probe, messages) of searches that end right within max_turns (paper, section 3.2).
 
     scenes: as probe_stream gives them. trial_share: share of trial-and-error searches, the rest are
     depth-first. impatience: (lowest, highest), drawn log-uniformly for each search, so that some give up at
@@ -567,26 +582,24 @@ def cold_start(
     if not 0 < low <= high or max_turns < 2:
         raise UserError(f"needs 0 < --impatience {low} <= {high}, and --max_turns {max_turns} of 2 or more")
     rng = random.Random(f"cold start/{seed}")
-    for probe in scenes:
+    for probe in (scene for scene in scenes for _ in range(2)):  # drawing is dear: a picture serves twice
         pattern = "trial_and_error" if rng.random() < trial_share else "depth_first"
         hurry = low * (high / low) ** rng.random() if rng.random() >= patient_share else 0.0
         texts = write_search(probe, rng, pattern=pattern, impatience=hurry, slip=slip)
         if len(texts) <= max_turns and texts[-1].endswith(f"<answer>{probe.answer}</answer>"):
+            probe.image = probe.image or draw_scene(probe)
             yield probe, texts
 
 
 # ---------------------------------------------------------------------------------------------- the command
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(ProbeFlags):
     out: Path  # a new folder: probes.jsonl, images/, sheet.png
     count: int = 100  # probes to draw
-    kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = tuple(DIFFICULTIES)  # drawn evenly
     seed: int = 0
-    regions: int = 1  # regions per side of the picture; 3: the world of two levels
-    backgrounds: Path | None = None  # folder of photographs to lie under the plates; default: drawn clutter
 
 
 def draw_sheet(probes: list[Probe], columns: int = 3, side: int = 576) -> Image.Image:
@@ -607,22 +620,11 @@ def draw_sheet(probes: list[Probe], columns: int = 3, side: int = 576) -> Image.
     return sheet
 
 
-def list_photos(folder: Path) -> list[str]:
-    """The image files of a folder, by their endings, in order. UserError if there are none."""
-    endings = Image.registered_extensions()
-    paths = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in endings) if folder.is_dir() else []
-    if not paths:
-        raise UserError(f"--backgrounds: no image files in {folder}")
-    return paths
-
-
 def main(cfg: Config) -> None:
     refuse_old_set(cfg.out)
-    photos = list_photos(cfg.backgrounds) if cfg.backgrounds else None
     if cfg.count < 1:
         raise UserError("--count starts at 1")
-    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, regions=cfg.regions, backgrounds=photos)
-    probes = list(itertools.islice(stream, cfg.count))
+    probes = list(itertools.islice(cfg.draw_probes(cfg.seed), cfg.count))
     save_probes(tqdm(probes, desc="probes"), cfg.out)
     with replacing(cfg.out / "sheet.png") as temporary:
         draw_sheet(probes).save(temporary)

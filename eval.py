@@ -31,14 +31,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common import UserError, cli, lock, replacing, write_atomic, write_lines
+from common import UserError, cli, lock, peak_gb, replacing, write_atomic, write_lines
 
 import matplotlib
 import numpy as np
 import torch
 from PIL import Image
 
-from data import COLORS, DIGITS, PROBE_KINDS, Probe, load_probes, probe_stream
+from data import COLORS, DIGITS, PROBE_KINDS, Probe, ProbeFlags, load_probes
 from env import ERROR_CODES, STOPS, CropEnv, fit_pixels, grade
 from model import (
     Policy,
@@ -60,13 +60,10 @@ ANSWER_NOW = "<think>guess</think><answer>"  # how a control opens the last mess
 
 
 @dataclass(frozen=True)
-class Config(PolicyFlags):
+class Config(PolicyFlags, ProbeFlags):
     init: Path = Path("runs/rl")  # the policy: a run directory, a Hugging Face directory or id
     out: Path = Path("runs/eval")  # results.json, episodes.jsonl, curve.png, trajectories.html
     count: int | None = None  # fresh probes (default: 400), or the first rows of `data` (default: all)
-    kinds: tuple[str, ...] = PROBE_KINDS
-    difficulties: tuple[str, ...] = ("hard",)  # of fresh probes, drawn evenly
-    regions: int = 1  # regions per side of a drawn picture; 3: the world of two levels, see data.py
     data: Path | None = None  # a set of probes, as prepare/ makes them; default: fresh ones, never trained on
     samples: int = 1  # K episodes per probe: Avg@K
     judge: str = "exact"  # of open answers: exact, base (the model below the adapters), or a server's URL
@@ -112,9 +109,8 @@ def hide_image(probe: Probe, control: str, policy: Policy) -> Probe:
     image = probe.open()
     if control == "blind":
         return replace(probe, image=Image.new("RGB", image.size, (128, 128, 128)))
-    views = (
-        probe.meta.get("regions", 1) ** 2 if control == "regions" else 1
-    )  # that together show the whole image
+    # Views that together show the whole image.
+    views = probe.meta.get("regions", 1) ** 2 if control == "regions" else 1
     coarse = fit_pixels(image, policy.protocol.min_pixels * views, policy.protocol.max_pixels * views)
     return replace(probe, image=coarse.resize(image.size))
 
@@ -197,6 +193,7 @@ def summarise(episodes: list[Episode], samples: int, limits: tuple[int, ...]) ->
         },
         "unjudged": len(episodes) - len(scored),
         "mean_turns": statistics.fmean(e.turns for e in episodes),
+        "mean_tokens": statistics.fmean(len(e.token_ids) for e in episodes),  # 0 behind a server
         "repeated_crops": sum(len(e.crops) - len(set(e.crops)) for e in episodes) / max(1, crops),
         "crops_of_crops": deep / max(1, len(right)),  # share of the right answers with at least one
         "by_source": split(lambda probe: probe.source),
@@ -225,12 +222,14 @@ def print_table(results: dict) -> None:
 
 
 def draw_curves(curves: dict[str, dict], trained_limit: int, path: Path) -> None:
-    """Accuracy against the turn limit, one line per run, with standard errors; marks the limit of GRPO."""
+    """Accuracy against the turn limit, each run in a band of standard errors; marks the limit of GRPO."""
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
     for label, curve in curves.items():
         limits, rows = [int(limit) for limit in curve], curve.values()
         means, errors = ([100 * row[key] for row in rows] for key in ("accuracy", "error"))
-        axes.errorbar(limits, means, errors, marker="o", capsize=3, label=label)
+        low, high = np.subtract(means, errors), np.add(means, errors)
+        (line,) = axes.plot(limits, means, marker="o", label=label)
+        axes.fill_between(limits, low, high, color=line.get_color(), alpha=0.25)
     axes.axvline(trained_limit, color="grey", linestyle="--", linewidth=1)
     axes.text(trained_limit + 0.4, 96, "limit in GRPO", color="grey", fontsize=9)
     axes.set(xlabel="turn limit at test", ylabel="correct (%)", ylim=(0, 100))
@@ -298,7 +297,7 @@ def read_results(directory: Path) -> dict:
 
 
 def main(cfg: Config) -> None:
-    stream = probe_stream(cfg.kinds, cfg.difficulties, cfg.seed, regions=cfg.regions)
+    stream = cfg.draw_probes(cfg.seed)
     probes = load_probes(cfg.data, cfg.count) if cfg.data else [next(stream) for _ in range(cfg.count or 400)]
     limits = tuple(sorted(cfg.turn_limits))
     others = [read_results(directory) for directory in cfg.against]
@@ -318,6 +317,7 @@ def main(cfg: Config) -> None:
         "control": cfg.control,
         "judge": cfg.judge,
         "seconds": round(time.time() - began, 1),
+        "peak_gb": peak_gb(),
         **summarise(episodes, cfg.samples, limits),
     }
     (cfg.out / "results.json").unlink(missing_ok=True)  # of an earlier evaluation; it is written last

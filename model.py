@@ -116,11 +116,13 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     wording = """system\\n|user\\n|assistant\\n|Search the picture.|Observation |That failed.|
 What color is the tag with |the | and |What number is on sign |What number is left of the |
 <think>|</think>|<answer>|</answer>|<grounding>{"bbox_2d": [|], "source": "original_image"}</grounding>|
-], "source": "observation_|"}</grounding>|<think>want |, want |: see |nothing|
-, yes|, no|, read |<think>plates|<think>try|<think>regions|<think>in|: plates|, next|, after|, leave|
-, try|, guess|, """
+], "source": "|"}</grounding>|<think>want |, want |: see |nothing|
+, yes|, no|, read |<think>plates|<think>try|<think>regions|<think>in|: plates|, next|, then|, after|, leave|
+, try|, guess|, on it: |, """
     phrases = [phrase.replace("\\n", "\n") for phrase in wording.replace("|\n", "|").split("|")]
     phrases += [*SHAPES, *COLORS, *coordinates, *(f"{c}, " for c in coordinates)]
+    # A label is one token and the name of an observation another, so that a source is easy to copy.
+    phrases += [*map(str, range(10, 48)), *map(env.source_name, range(1, 48))]
     phrases += [f" {cell_name((x, y))}" for y in range(6) for x in range(6)]
     phrases += [f" {region_name((x, y))}" for y in range(3) for x in range(3)]
     return byte_tokenizer(phrases, SPECIAL_TOKENS)
@@ -129,15 +131,14 @@ What color is the tag with |the | and |What number is on sign |What number is le
 def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int = 96, vision_layers: int = 2):
     """Qwen2_5_VLForConditionalGeneration at toy size, random weights from torch's generator."""
     end = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [0, 2, 14]}
     text = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers)
     text |= dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, tie_word_embeddings=True)
     text |= dict(vocab_size=len(tokenizer), max_position_embeddings=32_768, bos_token_id=None, **end)
     vision = dict(hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=vision_width // 16)
     vision |= dict(patch_size=8, spatial_merge_size=2, temporal_patch_size=1, window_size=64)
-    vision |= dict(
-        depth=vision_layers, fullatt_block_indexes=list(range(vision_layers)), out_hidden_size=width
-    )
+    vision |= dict(depth=vision_layers, out_hidden_size=width)
+    vision["fullatt_block_indexes"] = list(range(vision_layers))
     text["initializer_range"] = vision["initializer_range"] = 0.05
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])))
@@ -152,6 +153,14 @@ def tiny_model(tokenizer, width: int = 128, layers: int = 3, vision_width: int =
         for layer in model.model.language_model.layers:
             key = layer.self_attn.k_proj.weight.mul_(1.2).view(2, -1, width)  # (kv heads, D, width)
             layer.self_attn.q_proj.weight.copy_(key.repeat_interleave(2, 0).view(-1, width))
+        # Two heads of the first layer start at the token before and the one before that: to copy what
+        # followed something, heads have to know what came before (induction heads, Olsson et al. 2022).
+        first, half = model.model.language_model.layers[0].self_attn, width // 8  # D / 2
+        turn = 10_000.0 ** -(torch.arange(half) / half)  # (D / 2,) angle of a rotary pair per position
+        first.k_proj.weight[: 2 * half] = first.q_proj.weight[: 4 * half] = 0.0
+        first.k_proj.bias[: 2 * half] = 6.0 * torch.cat([turn.cos(), turn.sin()])
+        before = torch.cat([torch.ones(half), torch.zeros(half), turn.cos(), -turn.sin()])
+        first.q_proj.bias[: 4 * half] = 6.0 * before
     return model
 
 
@@ -453,9 +462,7 @@ class PolicyFlags:
     device: str | None = None  # default: cuda if there is one
     quantize: str | None = None  # "nf4": the language model in 4 bits
     system_prompt: Path | None = None  # text file with another wording; default: the policy's own
-    observation_prompt: Path | None = (
-        None  # likewise, before each view; {label} {action} {image} are filled in
-    )
+    observation_prompt: Path | None = None  # of a view; {label} {action} {image} are filled in
     error_prompt: Path | None = None  # likewise, after a failed action; {error} is filled in
     min_pixels: int | None = None  # of a view, width * height; default: the policy's own
     max_pixels: int | None = None  # likewise

@@ -447,9 +447,8 @@ def describe_card(e: Episode) -> dict:
         thought, _, action = text.rpartition("</think>")
         turns.append({"thought": thought.removeprefix("<think>"), "action": action, "box": boxes.get(turn)})
         turns[-1]["view"] = embed_image(views[turn], 320) if turn in views else None
-        turns[-1]["error"] = (
-            None if turn in views or e.stop == "answer" and turn == e.turns else next(errors, None)
-        )
+        failed = turn not in views and not (e.stop == "answer" and turn == e.turns)
+        turns[-1]["error"] = next(errors, None) if failed else None
     picture, reward = e.probe.open(), e.reward if e.judged and e.probe.answer else None
     card = {"question": e.probe.prompt(), "answer": e.probe.answer, "prediction": e.answer, "turns": turns}
     card |= {"picture": embed_image(picture, 720), "size": picture.size, "reward": reward}

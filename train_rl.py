@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import PROBE_KINDS, Probe, load_probes, probe_stream
+from data import Probe, ProbeFlags, load_probes
 from env import ERROR_CODES, MAX_ANSWER_CHARS, STOPS
 from model import (
     Policy,
@@ -46,7 +46,7 @@ from rollout import CHECKPOINTS, Episode, describe, rollout, rollout_flags, writ
 
 
 @dataclass(frozen=True)
-class Config(PolicyFlags):
+class Config(PolicyFlags, ProbeFlags):
     # The policy to start from: a run of train_sft.py, or what its --base takes; the tiny one starts from
     # checkpoints/tiny_sft where there is no runs/sft.
     init: Path = Path("runs/sft")
@@ -56,7 +56,7 @@ class Config(PolicyFlags):
     questions: int = 24  # Q, groups with spread per step
     group_size: int = 8  # G, rollouts per question
     updates: int = 2  # optimizer steps per rollout phase, each on its share of the questions
-    max_rounds: int = 3  # rollout rounds per step to find Q groups with spread
+    max_rounds: int = 1  # rollout rounds per step to find Q groups with spread
     lr: float = 1e-4  # constant (AdamW)
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
@@ -65,9 +65,6 @@ class Config(PolicyFlags):
     over_turn: Literal["mask", "zero_reward"] = "mask"  # a limit ended the rollout: leave it out, or wrong
     baseline: Literal["all", "completed"] = "all"  # rollouts in the mean and std of their group
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
-    kinds: tuple[str, ...] = PROBE_KINDS
-    difficulties: tuple[str, ...] = ("hard",)  # drawn evenly
-    regions: int = 1  # regions per side of a drawn picture; 3: the world of two levels, see data.py
     data: tuple[Path, ...] = ()  # sets of questions, as prepare/ makes them; default: fresh probes
     judge: str = "exact"  # of open answers: exact, base (the model below the adapters), or a server's URL
     judge_model: str = ""  # the name of the judge at that server
@@ -264,7 +261,7 @@ def gather_groups(
     open.
     """
     rng = random.Random(f"rl/{cfg.seed}/{step}")
-    probes = probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), regions=cfg.regions)
+    probes = cfg.draw_probes(rng.getrandbits(48))
     if published:
         probes = itertools.cycle(rng.sample(published, len(published)))
     kept, rolled = [], []

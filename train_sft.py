@@ -31,29 +31,27 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import PROBE_KINDS, Probe, WarmUpEnv
+from data import Probe, ProbeFlags, WarmUpEnv
 from model import Policy, PolicyFlags, load_policy, micro_batches, policy_flags, token_logprobs
 from rollout import Episode, replay
 
 
 @dataclass(frozen=True)
-class Config(PolicyFlags):
+class Config(PolicyFlags, ProbeFlags):
     base: str = "tiny"  # "tiny", a Hugging Face id, or a directory
     out: Path = Path("runs/sft")  # run directory
     seed: int = 0  # weights and data
-    steps: int = 900  # optimizer steps, warm-up included
-    warmup_steps: int = 560  # of which so many on looks and beginnings of searches: perception first
+    steps: int = 640  # optimizer steps, warm-up included
+    warmup_steps: int = 360  # of which so many on looks and beginnings of searches: perception first
     warmup_looks: int = 40  # single looks per warm-up step
-    warmup_plans: int = 10  # beginnings of a planned search per warm-up step
+    warmup_plans: int = 6  # beginnings of planned searches per warm-up step, and as many in one region
     batch: int = 32  # searches per step
     lr: float = 2e-3  # peak learning rate (AdamW); after the warm-up a cosine
     lr_rise: int = 20  # steps to the peak
     lr_floor: float = 0.1  # share of the peak at the end
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
-    kinds: tuple[str, ...] = PROBE_KINDS
     difficulties: tuple[str, ...] = ("medium", "hard", "hard", "hard")  # drawn evenly
-    regions: int = 1  # regions per side of a drawn picture; 3: the world of two levels, see data.py
     data: Path | None = None  # written searches to imitate, as prepare/ makes them; no warm-up
     trial_share: float = 0.06  # trial-and-error searches; the rest are depth-first
     # Each search draws an impatience from this range; after n misses it guesses with n times that chance.
@@ -72,8 +70,8 @@ class Config(PolicyFlags):
 
 def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> list[Episode]:
     """The episodes of one step. They depend on seed and step alone, so a resumed run sees the same."""
+    batch: list[Episode] = []
     if written:  # every epoch has all of them, in an order of its own
-        batch = []
         for at in range(step * cfg.batch, (step + 1) * cfg.batch):
             epoch, place = divmod(at, len(written))
             order = random.Random(f"sft/{cfg.seed}/epoch {epoch}").sample(range(len(written)), len(written))
@@ -83,19 +81,23 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     rng = random.Random(f"sft/{cfg.seed}/{step}")
     seed = rng.getrandbits(48)
     if step < cfg.warmup_steps:
-        plates = data.probe_stream(cfg.kinds, cfg.difficulties, seed, grid=1, candidates=1)
+        plates = cfg.draw_probes(seed, regions=1, grid=1, candidates=1)
         plates = itertools.islice(plates, cfg.warmup_looks)
-        looks = [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
-        probes = data.probe_stream(cfg.kinds, cfg.difficulties, rng.getrandbits(48), regions=cfg.regions)
-        probes = itertools.islice(probes, cfg.warmup_plans)
-        plans = [replay(policy, p, data.write_search(p, rng, pattern="depth_first")[:3]) for p in probes]
-        return looks + plans
-    scenes = data.probe_stream(cfg.kinds, cfg.difficulties, seed, regions=cfg.regions)
+        batch += [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
+        # The list of one region, with many plates on it, and beginnings of whole searches.
+        for regions, turns in ((1, 1), (cfg.regions, 4)):
+            probes = cfg.draw_probes(rng.getrandbits(48), regions=regions)
+            for probe in itertools.islice(probes, cfg.warmup_plans):
+                texts = data.write_search(probe, rng, pattern="depth_first")
+                batch.append(replay(policy, probe, texts[:turns]))
+        return batch
     shares = {"trial_share": cfg.trial_share, "patient_share": cfg.patient_share, "slip": cfg.slip}
     options = {"impatience": cfg.impatience, "max_turns": cfg.max_turns, **shares}
-    searches = data.cold_start(scenes, rng.getrandbits(48), **options)
-    played = (replay(policy, probe, texts) for probe, texts in searches)
-    return list(itertools.islice((episode for episode in played if episode.reward == 1.0), cfg.batch))
+    searches = data.cold_start(cfg.draw_probes(seed), rng.getrandbits(48), **options)
+    for probe, texts in itertools.islice(searches, cfg.batch):
+        batch.append(replay(policy, probe, texts))
+        batch[-1].probe = replace(probe, image=None)  # its views are kept
+    return batch
 
 
 class Batches(torch.utils.data.Dataset):

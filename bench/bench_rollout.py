@@ -14,12 +14,10 @@ takes its place. Same weights, alternating in one process, medians after a warm-
 """
 
 import itertools
-import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,20 +36,17 @@ from transformers import LogitsProcessor
 import rollout as rollout_module
 from data import Probe, cell_box, cell_name, make_probe
 from env import Crop, format_action
-from model import OUR_ATTENTION, Policy, load_policy, policy_flags
+from model import OUR_ATTENTION, Policy, PolicyFlags, load_policy, policy_flags
 from rollout import Episode, Wave, rollout
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyFlags):
     base: str = "tiny"  # what load_policy takes; a random base: see random_bases.py
     turns: tuple[int, ...] = (6, 32)  # assistant messages per episode
     batch: tuple[int, ...] = (16, 64)  # episodes at once
     group_size: int = 8  # episodes per question
     repeats: int = 3  # runs of each side; a warm-up comes on top
-    quantize: str | None = None  # "nf4": the language model in 4 bits
-    device: str | None = None  # default: cuda if there is one
-    max_pixels: int | None = None  # of a view, width * height; default: the policy's own
 
 
 def write_script(policy: Policy, number: int, turns: int) -> list[tuple[int, ...]]:
@@ -77,16 +72,6 @@ class SayScript(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, allowed, 0.0)
 
 
-@contextmanager
-def use_plain_layers(policy: Policy) -> Iterator[None]:
-    """The model as transformers makes it, without our attention."""
-    policy.base.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        policy.base.set_attn_implementation(OUR_ATTENTION)
-
-
 def play_with_generate(
     policy: Policy, probes: list[Probe], scripts: list, turns: int
 ) -> tuple[list[Episode], dict]:
@@ -107,8 +92,11 @@ def play_with_generate(
         inputs["mm_token_type_ids"] = (ids == policy.image_pad).int()
         say = SayScript(said, length, policy.im_end)
         options = {"logits_processor": [say], "max_new_tokens": max(map(len, said)), "do_sample": True}
-        with use_plain_layers(policy):
+        policy.base.set_attn_implementation("sdpa")  # the model as transformers makes it
+        try:
             policy.base.generate(ids, **inputs, **options, eos_token_id=policy.im_end, pad_token_id=pad)
+        finally:
+            policy.base.set_attn_implementation(OUR_ATTENTION)
         counts["prefill"] += sum(len(e.token_ids) for e in episodes)
         counts["images"] += len(shown)
         for episode, message, row in zip(episodes, said, views):
@@ -155,18 +143,10 @@ SIDES = {"generate": play_with_generate, "rollout": play_with_rollout}
 
 
 def reset_peak() -> None:
+    """Peak memory of the GPU is counted from now. That of a process is counted from its start."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
-
-
-def read_peak() -> float:
-    """Most memory in GB since reset_peak; elsewhere than on Linux and a GPU, since the process started."""
-    if torch.cuda.is_available() or sys.platform != "linux":
-        return peak_gb()
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
 def time_call(call: Callable, *args, **kwargs) -> tuple[float, float, Any]:
@@ -176,7 +156,7 @@ def time_call(call: Callable, *args, **kwargs) -> tuple[float, float, Any]:
     result = call(*args, **kwargs)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began, read_peak(), result
+    return time.perf_counter() - began, peak_gb(), result
 
 
 def compare(

@@ -42,7 +42,7 @@ import torch
 import eval as eval_script
 import train_rl
 import train_sft
-from bench.bench_rollout import SIDES, compare, play_with_rollout, read_peak, reset_peak, time_call
+from bench.bench_rollout import SIDES, compare, play_with_rollout, reset_peak, time_call
 from bench.random_bases import save_base
 from data import PROBE_KINDS, probe_stream
 from env import Answer, Crop, CropEnv, format_action
@@ -134,7 +134,9 @@ def run_scripts(cfg: Config, report: Report, base: str, changes: dict, views: di
         what, config = f"{name}, whole script", replace(script.PRESETS[preset], **options)
         began = time.time()
         if report.attempt(what, script.main, config):
-            report.add(what, seconds=time.time() - began, peak_gb=read_peak() if preset == "tiny" else None)
+            report.add(
+                what, seconds=time.time() - began, peak_gb=common.peak_gb() if preset == "tiny" else None
+            )
             last = last if name == "eval" else config.out
     return last
 
@@ -199,7 +201,7 @@ def instrument(report: Report, turn_tokens: int) -> None:
         what, seconds = "sft, step", metrics["time/step"]
         if "time/rollout" in metrics:
             what, seconds = "rl, update", seconds - metrics["time/rollout"]
-        report.add(what, seconds=seconds, tokens_per_second=tokens / seconds, peak_gb=read_peak())
+        report.add(what, seconds=seconds, tokens_per_second=tokens / seconds, peak_gb=common.peak_gb())
         tokens = 0
         reset_peak()
         log(out, metrics)

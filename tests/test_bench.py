@@ -9,12 +9,10 @@ import common
 
 import pytest
 import torch
-from conftest import noise_probes
 
-from bench import bench_probes, bench_rollout, bench_train, gpu, random_bases
+from bench import bench_probes, bench_rollout, gpu, random_bases, study
 from data import make_probe
-from model import token_logprobs
-from rollout import rollout
+from env import OVER_TURN
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -66,7 +64,7 @@ def test_gpu_without_a_gpu_says_so(monkeypatch, capsys):
     assert capsys.readouterr().out == "no CUDA GPU here: nothing measured\n"
 
 
-PUBLISHED = {"qwen3b": 3_754_622_976, "qwen7b": 8_292_166_656, "qwen3vl4b": 4_437_815_808}
+PUBLISHED = {"qwen3b": 3_754_622_976, "qwen7b": 8_292_166_656}
 
 
 @pytest.mark.parametrize("base", PUBLISHED)
@@ -91,14 +89,50 @@ def test_both_sides_of_the_rollout_benchmark_say_the_same(policy):
     assert read_by_us == {"prefill": whole - sum(len(script[0]) - 1 for script in scripts), "images": 4}
 
 
-def test_the_baseline_of_the_training_benchmark_computes_the_same(policy):
-    episodes = rollout(policy, noise_probes((200, 100), (96, 96)), max_turns=3, max_turn_tokens=20)
-    same = [score(policy, episodes) for score in (token_logprobs, bench_train.plain_logprobs)]
-    torch.testing.assert_close(*same, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("kind", bench_probes.data.PROBE_KINDS)
 def test_the_crop_reader_of_the_gate_reads_crops(kind):
     reader = bench_probes.CropReader(kind, "hard")
     probe = make_probe(kind, "hard", 0)
     assert reader.answer(probe, probe.boxes) == probe.answer
+
+
+EPISODES = [{"turns": t, "reward": r} for t, r in ((2, 1.0), (3, 1.0), (3, 0.0), (1, 0.0))] * 100
+NUMBERS = dict.fromkeys(("mean_turns", "repeated_crops", "mean_tokens", "seconds", "peak_gb"), 1.0)
+NUMBERS["stops"] = {"answer": 1.0, **dict.fromkeys(OVER_TURN, 0.0)}
+PLAN = ("1 | cold start | 1 | --steps 9 | - |", "1 | masked | 1 | --steps 9 | |")
+PLAN += tuple(f"4 | {n} steps | 1 | --steps 9 | --lr 1 --steps {n} |" for n in (100, 200))
+PAGE = "\n".join(["<!-- table 1 -->", "<!-- end -->", "## The plan", *(f"| {line} |" for line in PLAN)])
+
+
+def test_the_study_makes_each_run_once_goes_on_and_fills_its_tables(tmp_path, monkeypatch):
+    said, pages = [], (tmp_path / "README.md", tmp_path / "study.md")
+    for page in pages:
+        page.write_text(PAGE)
+
+    def call(words, **_) -> int:
+        folder = Path(words[words.index("--out") + 1])
+        said.append(words[1] + ("/resumed" if "--resume" in words else ""))
+        if words[1] == "eval.py":
+            (folder / "results.json").write_text(json.dumps(NUMBERS))
+            common.write_lines(folder / "episodes.jsonl", EPISODES)
+        else:
+            (folder / "log.txt").write_text(
+                "stopped after step 1; go on with: x" if len(said) == 5 else "saved"
+            )
+            (folder / "run.json").touch()
+            common.write_lines(folder / "metrics.jsonl", [{"time/step": 1.0, "over_turn": 0.5}])
+        return 0
+
+    monkeypatch.setattr(study.subprocess, "call", call)
+    monkeypatch.setattr(study, "PAGES", pages)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
+    cfg = study.Config(out=tmp_path / "runs", jobs=1)
+    with pytest.raises(common.UserError, match="--lr 1 --steps 100 was stopped"):
+        study.main(cfg)
+    study.main(cfg)
+    sft, rl, test = "train_sft.py", "train_rl.py", "eval.py"
+    assert said == [sft, test, rl, test, rl, f"{rl}/resumed", test, f"{rl}/resumed", test]
+    wrong = "| masked | 1 | 0.0 | 25.0 | 50.0 | 50.0 |"  # at 1, 2, 4, 6 turns
+    assert all(wrong in page.read_text() for page in pages)
+    study.main(cfg)  # all rows are there
+    assert len(said) == 9

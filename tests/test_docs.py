@@ -22,6 +22,7 @@ import common
 import pytest
 import tyro
 
+import data
 import model
 import rollout
 
@@ -54,7 +55,7 @@ def test_each_file_opens_with_its_story_its_command_and_what_to_read_next(name):
     assert f"$ python {name}.py" in story and re.search(rf"Read next: {following}\.(py|md)", story)
 
 
-@pytest.mark.parametrize("script", [script for script in COMMANDS if script != "bench/busy.py"])
+@pytest.mark.parametrize("script", COMMANDS)
 def test_each_script_has_a_help_page(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(monkeypatch, script, "--help")
@@ -67,6 +68,7 @@ def test_every_flag_is_used_and_explained(name):
     taken = {*inspect.signature(model.load_policy).parameters, *model.Protocol.__dataclass_fields__}
     taken = taken if "policy_flags(cfg)" in text else set()
     taken |= {*inspect.signature(rollout.rollout).parameters} if "rollout_flags(cfg)" in text else set()
+    taken |= {*data.ProbeFlags.__dataclass_fields__} if "draw_probes(" in text else set()
     (config,) = [node for node in ast.parse(text).body if getattr(node, "name", "") == "Config"]
     for field in [node for node in config.body if isinstance(node, ast.AnnAssign)]:
         flag, lines = field.target.id, text.splitlines()[field.lineno - 2 : field.end_lineno]
@@ -117,8 +119,7 @@ def shown_commands() -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("command", shown_commands(), ids=" ".join)
 def test_every_command_that_is_shown_is_understood(command, monkeypatch):
-    if command[0] != "bench/busy.py":  # that one takes another command
-        assert parse(monkeypatch, *command)
+    assert parse(monkeypatch, *command)
 
 
 def test_the_pages_show_every_script():
