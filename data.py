@@ -1,17 +1,21 @@
 """Probes that force a search, and the scripted searcher that shows how to search.
 
-A probe is one image, one question, one right answer. A cluttered picture has 3 x 3 regions, and some of them
-hold a board with plates. The first view shows where the boards are. A crop of a region shows its plates,
-which look alike, and only a crop of that crop shows what is painted on one. The question names one plate by
-what is painted on it and asks for something else on it, so K plates must be tried one by one, region by
-region. K is the difficulty dial. The K answers are exactly balanced (K is a multiple of the four possible
-answers), so knowing the colors of all plates, but not which is which, is worth nothing: chance is 25 %.
+A probe is one image, one question, one right answer. K plates lie scattered over a cluttered picture. From
+afar they all look alike, and only a crop shows what is painted on one. The question names one plate by what
+is painted on it and asks for something else on it, so the K plates must be tried one by one: (K + 1) / 2
+looks on average. K is the difficulty dial. The K answers are exactly balanced (K is a multiple of the four
+possible answers), so knowing the colors of all plates, but not which is which, is worth nothing: chance is
+25 %.
 
     kind         on a plate             question                                 answer
     attribute    a shape, a letter      What color is the tag with the star?     red, green, blue, yellow
     sign         a letter, a digit      What number is on sign K?                2, 4, 7, 9
     conjunction  a shape, a digit       What color is the tag with star and 7?   a color
     relation     a digit and a shape    What number is left of the star?         a digit
+
+With `regions` above 1 a picture has two levels: some of its regions hold a board with plates. The first view
+shows where boards are, a crop of a region shows its plates, and only a crop of that crop shows what is on
+one. The default training does not learn that world well yet: see docs/log.md.
 
 The scripted searcher knows the scene. It plays the cold-start searches: depth-first or trial-and-error, the
 goal restated at every look, slips that it notices, and an impatience that grows with every miss. Only
@@ -309,7 +313,7 @@ def make_scene(
 def make_probe(kind: str, difficulty: str, seed: int, **size) -> Probe:
     """Draws one probe. The same arguments give the same probe everywhere (glyph edges vary with FreeType).
 
-    size: regions (per side of the image: 3, or 1 without boards), grid (a region is grid x grid cells, at
+    size: regions (per side of the image: 1, or 3 with boards), grid (a region is grid x grid cells, at
     most one plate in each), cell (pixels per side of a cell), candidates (K, the number of plates; None =
     drawn from DIFFICULTIES[difficulty]), backgrounds (paths of photographs, one of which lies under the
     plates; None = drawn clutter). UserError for an unknown kind or difficulty, or a K that does not fit.
@@ -489,12 +493,12 @@ def write_search(
 ) -> list[str]:
     """The assistant messages of one whole search through a drawn probe, in order (the scene is known).
 
-    It lists the regions with boards and crops one, lists the plates in that observation and crops them one
-    after the other, and goes on with the next region. pattern: "depth_first" follows its lists, the first of
-    them from a random place on, round its end; "trial_and_error" takes their places in random order. Neither
-    returns to a place. impatience: after the n-th miss it guesses with probability impatience * n. slip:
-    chance, per place, that an empty one is taken for one more; a look tells ("plates nothing", "see
-    nothing"), and the search goes on.
+    It lists the plates and crops one after the other. Where there are several regions, it lists those with
+    boards, crops one, does the same inside of that observation, and goes on with the next region. pattern:
+    "depth_first" follows its lists, the first of them from a random place on, round its end;
+    "trial_and_error" takes their places in random order. Neither returns to a place. impatience: after the
+    n-th miss it guesses with probability impatience * n. slip: chance, per place, that an empty one is taken
+    for one more; a look tells ("plates nothing", "see nothing"), and the search goes on.
     """
     regions, grid = probe.meta["regions"], probe.meta["grid"]
     step = "next" if pattern == "depth_first" else "try"

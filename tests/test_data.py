@@ -27,7 +27,7 @@ HARD = [(kind, seed) for kind in PROBE_KINDS for seed in range(3)]
 def test_the_same_seed_gives_the_same_probe_and_another_seed_another(kind):
     one, two, other = (make_probe(kind, "hard", seed) for seed in (3, 3, 4))
     assert one == two and one.image.tobytes() == two.image.tobytes()
-    assert one.image.tobytes() != other.image.tobytes() and one.image.size == (864, 864)
+    assert one.image.tobytes() != other.image.tobytes() and one.image.size == (288, 288)
 
 
 @pytest.mark.parametrize("kind, seed", HARD)
@@ -50,14 +50,14 @@ def test_the_answers_of_the_look_alikes_are_balanced_and_one_plate_is_the_target
 def test_each_plate_has_a_cell_of_its_own_and_the_gold_box_is_that_of_the_target(kind, seed):
     probe = make_scene(kind, "hard", seed)
     cells = [item["cell"] for item in probe.meta["items"]]
-    assert len(set(cells)) == len(cells) and all(0 <= v < 18 for cell in cells for v in cell)
+    assert len(set(cells)) == len(cells) and all(0 <= v < 6 for cell in cells for v in cell)
     x, y = cells[0]
     (box,) = probe.boxes
-    assert box == pytest.approx([(v + d) / 18 for d in (0, 1) for v in (x, y)], abs=1e-4)
+    assert box == pytest.approx([(v + d) / 6 for d in (0, 1) for v in (x, y)], abs=1e-4)
 
 
 def test_answers_and_places_are_scattered():
-    scenes = [make_scene("sign", "hard", seed) for seed in range(300)]
+    scenes = [make_scene("sign", "hard", seed, regions=3) for seed in range(300)]
     assert min(Counter(scene.answer for scene in scenes)[digit] for digit in DIGITS) > 45
     targets = {scene.meta["items"][0]["cell"] for scene in scenes}
     plates = {item["cell"] for scene in scenes for item in scene.meta["items"]}
@@ -76,7 +76,7 @@ def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
 
 
 def test_with_several_regions_a_board_lies_under_the_plates_of_a_region_and_nowhere_else():
-    probe = make_probe("sign", "hard", 0)
+    probe = make_probe("sign", "hard", 0, regions=3)
     occupied = {data.split_cell(item["cell"], 6)[0] for item in probe.meta["items"]}
     for x, y in itertools.product(range(3), repeat=2):
         between = [(x * 288 + 48 * i, y * 288 + 48) for i in range(1, 6)]  # no plate reaches there
@@ -100,7 +100,7 @@ def test_a_scene_is_a_probe_that_is_not_drawn_yet():
 
 
 def test_a_single_plate_is_the_target_about_as_often_as_not():
-    single = {"regions": 1, "grid": 1, "candidates": 1}
+    single = {"grid": 1, "candidates": 1}
     scenes = [make_scene("attribute", "hard", seed, **single) for seed in range(200)]
     assert all(len(scene.meta["items"]) == 1 for scene in scenes)
     assert 70 < sum(scene.meta["items"][0]["target"] for scene in scenes) < 130
@@ -113,8 +113,8 @@ def test_a_single_plate_is_the_target_about_as_often_as_not():
         (("sign", "harder"), {}, "difficulty 'harder'"),
         (("sign", "hard"), {"candidates": 5}, "5 look-alikes"),
         (("sign", "hard"), {"candidates": 6}, "6 look-alikes"),
-        (("sign", "hard"), {"candidates": 328}, "328 look-alikes"),
-        (("sign", "hard"), {"candidates": 8, "grid": 2, "regions": 1}, "at most 4"),
+        (("sign", "hard"), {"candidates": 40}, "40 look-alikes"),
+        (("sign", "hard"), {"candidates": 8, "grid": 2}, "at most 4"),
     ],
 )
 def test_a_probe_that_cannot_be_drawn_is_refused(arguments, size, message):
@@ -124,9 +124,7 @@ def test_a_probe_that_cannot_be_drawn_is_refused(arguments, size, message):
 
 def test_photographs_lie_under_the_plates(tmp_path):
     Image.new("RGB", (90, 70), (255, 0, 0)).save(tmp_path / "red.png")
-    plain, photo = (
-        make_probe("sign", "hard", 1, regions=1, backgrounds=b) for b in (None, [str(tmp_path / "red.png")])
-    )
+    plain, photo = (make_probe("sign", "hard", 1, backgrounds=b) for b in (None, [str(tmp_path / "red.png")]))
     assert plain.meta["items"] == photo.meta["items"]
     assert ImageChops.difference(plain.image, photo.image).getbbox()
     taken = [item["cell"] for item in photo.meta["items"]]
@@ -188,7 +186,7 @@ def test_a_patient_search_visits_each_plate_once_at_most_region_by_region(kind, 
 
 
 def test_lists_go_in_blocks_of_two_by_two_and_the_first_is_followed_round():
-    probe = make_scene("sign", "hard", 0, candidates=8)
+    probe = make_scene("sign", "hard", 0, candidates=8, regions=3)
     cells = [(17, 17), (0, 0), (3, 0), (1, 1), (0, 2), (6, 0), (6, 1), (7, 0)]
     for item, cell in zip(probe.meta["items"], cells):
         item["cell"] = cell
@@ -199,14 +197,14 @@ def test_lists_go_in_blocks_of_two_by_two_and_the_first_is_followed_round():
         regions = re.findall(r"(?:^.*next|leave r\d) (r\d)", "\n".join(texts))
         firsts.add(regions[0])
         assert "r1 r2 r9 r1 r2 r9".find(" ".join(regions)) >= 0 and regions[-1] == "r9"
-        lists = set(re.findall(r"in (r\d), observation_\d+: (plates .*?),", " ".join(texts)))
+        lists = set(re.findall(r"in (r\d), observation_.*?: (plates .*?),", " ".join(texts)))
         assert lists <= {("r1", "plates a1 b2 d1 a3"), ("r2", "plates a1 b1 a2"), ("r9", "plates f6")}
     assert firsts == {"r1", "r2", "r9"}
 
 
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
 def test_a_slip_is_noticed_and_the_search_goes_on(pattern):
-    probe = make_probe("sign", "hard", 2)
+    probe = make_probe("sign", "hard", 2, regions=3)
     plates = [data.split_cell(item["cell"], 6) for item in probe.meta["items"]]
     goal, missed, empty = probe.meta["checks"][0][1], [], []
     for seed in range(5):
@@ -232,7 +230,7 @@ def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
 
 
 def test_a_look_at_a_single_plate_reads_it_or_says_no():
-    single = {"regions": 1, "grid": 1, "candidates": 1}
+    single = {"grid": 1, "candidates": 1}
     scenes = (make_scene("relation", "hard", seed, **single) for seed in itertools.count())
     for target in (True, False):
         scene = next(s for s in scenes if s.meta["items"][0]["target"] == target)
@@ -243,7 +241,7 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
 
 
 def test_the_warm_up_hides_the_first_view():
-    probe = make_probe("sign", "hard", 0, regions=1, grid=1, candidates=1)
+    probe = make_probe("sign", "hard", 0, grid=1, candidates=1)
     env = data.WarmUpEnv(probe.image, "?", 2)
     assert [part["type"] for part in env.reset()[1]["content"]] == ["text"]
     reply, _ = env.step(data.write_look(probe)[0])
@@ -261,13 +259,13 @@ def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():
     kept = searches(40, max_turns=7)
     assert max(len(texts) for _, texts in kept) == 7
     for probe, texts in kept:
-        assert play(probe, texts)[0].answer == probe.answer and probe.open().size == (864, 864)
+        assert play(probe, texts)[0].answer == probe.answer and probe.open().size == (288, 288)
     assert {", next" in text[0] for _, text in kept} == {True, False}
 
 
 def test_the_shares_of_patterns_and_patience_are_as_asked():
     assert all(", next" in texts[0] for _, texts in searches(8, trial_share=0.0))
-    assert all(", try r" in texts[0] for _, texts in searches(8, trial_share=1.0))
+    assert all(", try " in texts[0] for _, texts in searches(8, trial_share=1.0))
     patient = searches(25, patient_share=1.0)
     assert not any("guess" in texts[-1] for _, texts in patient)
     assert any("guess" in texts[-1] for _, texts in searches(25, impatience=(0.5, 0.5), patient_share=0.0))

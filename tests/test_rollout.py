@@ -407,7 +407,7 @@ def test_views_made_again_are_those_that_were_shown(ragged, env_class, monkeypat
 
 
 def test_a_look_of_the_warm_up_keeps_its_crop(policy):
-    looks = [data.make_probe("attribute", "easy", seed, regions=1, grid=1, candidates=1) for seed in (0, 1)]
+    looks = [data.make_probe("attribute", "easy", seed, grid=1, candidates=1) for seed in (0, 1)]
     episodes = [replay(policy, probe, data.write_look(probe), data.WarmUpEnv) for probe in looks]
     assert [e.stop for e in episodes] == ["turn_limit", "answer"]
     for episode in episodes:

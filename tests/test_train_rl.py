@@ -220,7 +220,7 @@ def lower(episodes: list[Episode], by: float) -> None:
 @pytest.fixture
 def invent(monkeypatch):
     """invent(*groups) puts an Inventor in the place of rollout. Pictures of 2 x 2 cells: quick to draw."""
-    size = {"regions": 1, "grid": 2, "candidates": 4}
+    size = {"grid": 2, "candidates": 4}
     draw = data.ProbeFlags.draw_probes
     monkeypatch.setattr(data.ProbeFlags, "draw_probes", lambda cfg, seed: draw(cfg, seed, **size))
 
@@ -416,7 +416,7 @@ def test_every_limit_reaches_the_rollout(monkeypatch):
 
 def test_questions_of_sets_take_the_place_of_drawn_ones(train, tmp_path, monkeypatch):
     """Two sets of two questions, three at a time: all of them, then again, in an order of each step."""
-    probes = [data.make_probe("sign", "easy", seed, regions=1, grid=2) for seed in range(4)]
+    probes = [data.make_probe("sign", "easy", seed, grid=2) for seed in range(4)]
     sets, asked = (tmp_path / "a", tmp_path / "b"), []
     for i, folder in enumerate(sets):
         data.save_probes(probes[2 * i : 2 * i + 2], folder)
@@ -545,7 +545,7 @@ def test_metrics_by_hand(train, invent):
 
 def test_over_turn_is_the_union_of_the_three_limits_and_mistakes_are_counted_by_kind(policy):
     """One rollout per stop: 3 of 5 are over-turn; two mistakes of one kind in one rollout, one in another."""
-    episode = invented(policy, data.make_probe("attribute", "easy", 0, regions=1, grid=2), 1.0, "W")
+    episode = invented(policy, data.make_probe("attribute", "easy", 0, grid=2), 1.0, "W")
     group = [replace(episode, stop=stop) for stop in STOPS]
     group[0].errors, group[1].errors = ["bad_json", "bad_json"], ["bad_box", "bad_json"]
     row = summarise([group])
