@@ -134,9 +134,8 @@ def run_scripts(cfg: Config, report: Report, base: str, changes: dict, views: di
         what, config = f"{name}, whole script", replace(script.PRESETS[preset], **options)
         began = time.time()
         if report.attempt(what, script.main, config):
-            report.add(
-                what, seconds=time.time() - began, peak_gb=common.peak_gb() if preset == "tiny" else None
-            )
+            peak = common.peak_gb() if preset == "tiny" else None
+            report.add(what, seconds=time.time() - began, peak_gb=peak)
             last = last if name == "eval" else config.out
     return last
 

@@ -229,7 +229,7 @@ def test_impatience_ends_in_a_guess_that_grows_likelier_with_every_miss():
                 assert parse_action(texts[-1]).text in DIGITS
 
 
-def test_a_look_at_a_single_plate_reads_it_or_says_no():
+def test_a_look_hides_the_first_view_and_reads_a_single_plate_or_says_no():
     single = {"grid": 1, "candidates": 1}
     scenes = (make_scene("relation", "hard", seed, **single) for seed in itertools.count())
     for target in (True, False):
@@ -238,21 +238,15 @@ def test_a_look_at_a_single_plate_reads_it_or_says_no():
         assert parse_action(first) == Crop((0.0, 0.0, 1.0, 1.0), 0)
         assert isinstance(parse_action(second), Answer if target else Crop)
         assert ("yes, read" if target else ", no") in second
-
-
-def test_the_warm_up_hides_the_first_view():
-    probe = make_probe("sign", "hard", 0, grid=1, candidates=1)
-    env = data.WarmUpEnv(probe.image, "?", 2)
-    assert [part["type"] for part in env.reset()[1]["content"]] == ["text"]
-    reply, _ = env.step(data.write_look(probe)[0])
-    assert [part["type"] for part in reply["content"]] == ["text", "image"]
+        env = data.WarmUpEnv(scene.open(), "?", 2)
+        shown = [message["content"] for message in (env.reset()[1], env.step(first)[0])]
+        assert [[part["type"] for part in content] for content in shown] == [["text"], ["text", "image"]]
 
 
 def searches(count, **changes):
     scenes = data.probe_stream(PROBE_KINDS, ("hard",), 3)
-    shares = {"trial_share": 0.5, "impatience": (0.05, 0.15), "patient_share": 0.1}
-    shares |= {"slip": 0.02, "max_turns": 32}
-    return list(itertools.islice(data.cold_start(scenes, 1, **shares | changes), count))
+    shares = {"trial_share": 0.5, "impatience": (0.05, 0.15), "patient_share": 0.1, "slip": 0.02}
+    return list(itertools.islice(data.cold_start(scenes, 1, **{"max_turns": 32} | shares | changes), count))
 
 
 def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():

@@ -366,6 +366,8 @@ def test_groups_without_spread_are_dropped_and_refilled(policy, invent):
     assert [[e.reward for e in group] for group in kept] == [[1, 0, 0, 0]] * 2
     assert len(rolled) == 5 and all(len({id(e.probe) for e in group}) == 1 for group in rolled)
     assert all(bool(e.features) == (group in kept) for group in rolled for e in group)
+    invent(*groups)
+    assert len(gather_groups(small(questions=2, max_rounds=3), policy, 0, [], None)[0]) == 1
 
 
 def test_only_spread_among_the_completed_counts_under_the_baseline_completed(policy, invent):
@@ -374,12 +376,6 @@ def test_only_spread_among_the_completed_counts_under_the_baseline_completed(pol
         invent("R R S R")
         kept, rolled = gather_groups(small(baseline=baseline), policy, 0, [], None)
         assert len(kept) == trained and len(rolled) == 1
-
-
-def test_refilling_ends_after_max_rounds(policy, invent):
-    inventor = invent(*["W W W W"] * 9)
-    kept, rolled = gather_groups(small(questions=3, max_rounds=3), policy, 0, [], None)
-    assert kept == [] and len(rolled) == 9 and [len(seeds) for seeds in inventor.asked] == [3, 3, 3]
 
 
 def test_questions_and_sampling_depend_on_the_seed_and_the_step_alone(policy, invent):

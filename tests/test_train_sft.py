@@ -26,7 +26,7 @@ import transformers
 from conftest import load_weights_of, noise, read_lines, run_main, same_weights, without_times
 
 import train_sft
-from data import PROBE_KINDS, Probe, make_probe, save_probes, write_search
+from data import PROBE_KINDS, Probe, make_probe, make_scene, save_probes, write_search
 from env import Crop, format_action
 from model import load_policy, mrope_positions, token_logprobs
 from train_sft import Config, draw_batch, learning_rate, load_batches
@@ -217,7 +217,6 @@ def test_a_run_that_is_killed_or_stopped_ends_as_one_that_was_not(tmp_path):
 def test_a_search_of_the_scripted_searcher_fits_the_vocabulary_of_the_tiny_policy(policy):
     """Phrases are single tokens, so a message takes about twenty, and a list of plates one for each."""
     for kind, regions in itertools.product(PROBE_KINDS, (1, 3)):
-        texts = write_search(
-            make_probe(kind, "hard", 3, regions=regions), random.Random(0), pattern="depth_first"
-        )
+        scene = make_scene(kind, "hard", 3, regions=regions)
+        texts = write_search(scene, random.Random(0), pattern="depth_first")
         assert all(len(policy.encode(text)) <= 24 + text.count(" ") - 3 for text in texts)
