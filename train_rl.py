@@ -52,7 +52,7 @@ class Config(PolicyFlags, ProbeFlags):
     init: Path = Path("runs/sft")
     out: Path = Path("runs/rl")  # run directory
     seed: int = 0  # questions and sampling
-    steps: int = 45  # rollout phases
+    steps: int = 50  # rollout phases
     questions: int = 24  # Q, groups with spread per step
     group_size: int = 8  # G, rollouts per question
     updates: int = 2  # optimizer steps per rollout phase, each on its share of the questions

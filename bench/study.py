@@ -262,8 +262,7 @@ def tabulate_cost(rows: list[dict]) -> str:
             memory = 2 * (weights + tower) + 4 * layers * heads * 128 * tokens
             cells = ["", "", f"{memory / 1e9:.1f}", f"{flop / 1e15:.2f}"]
             lines.append([name, f"{turns} turns", tokens, *cells])
-    header = ["policy", "turn limit", "tokens", "per right answer", "seconds", "GB", "petaFLOP"]
-    return format_table(header, lines)
+    return format_table(["policy", "limit", "tokens", "per right answer", "seconds", "GB", "petaFLOP"], lines)
 
 
 def make_tables(rows: list[dict]) -> dict[str, str]:
