@@ -389,15 +389,16 @@ def save_probes(probes: Iterable[Probe], directory: str | Path) -> None:
     """
     directory, rows = Path(directory), []
     refuse_old_set(directory)
-    (directory / "images").mkdir(parents=True, exist_ok=True)
     for number, probe in enumerate(probes):
         if isinstance(probe.image, (str, Path)):
             name = str(Path(probe.image).absolute())
         else:
             name, png = f"images/{number:05d}.png", io.BytesIO()
             probe.open().save(png, "PNG")
+            (directory / "images").mkdir(parents=True, exist_ok=True)
             write_atomic(directory / name, png.getvalue())
         rows.append({**vars(probe), "image": name})
+    directory.mkdir(parents=True, exist_ok=True)
     write_lines(directory / "probes.jsonl", rows)
 
 
