@@ -40,7 +40,7 @@ from data import PROBE_KINDS, make_scene, probe_stream, save_probes, write_searc
 from env import OVER_TURN
 from eval import draw_curves, mean_and_error
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, COMMIT = Path(__file__).resolve().parents[1], find_commit()  # before the pages change
 RESULTS = ROOT / "docs/results/study.json"
 PAGES = (ROOT / "README.md", ROOT / "docs/study.md")
 LIMITS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48)  # of turns, at test; one pass at the largest gives all
@@ -141,7 +141,7 @@ def make_row(cfg: Config, chain: Chain) -> dict:
     steps = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
     row = {"question": chain.question, "setting": chain.setting, "seed": chain.seed}
     row["commands"] = [c.replace(f"{cfg.out.absolute()}/", "") for c in commands]
-    row |= {"commit": find_commit(), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
+    row |= {"commit": COMMIT, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
     names = ("stops", "mean_turns", "repeated_crops", "mean_tokens", "seconds", "peak_gb")
     row |= {name: results[name] for name in names}
     row["training_seconds"] = round(sum(step["time/step"] for step in steps))
@@ -271,7 +271,7 @@ def make_tables(rows: list[dict]) -> dict[str, str]:
     tables = {str(n): tabulate(first | by_setting(rows, n), SHORT) for n in (3, 4, 5, 6, 7, 11)}
     tables |= {str(n): tabulate(by_setting(rows, n), LIMITS) for n in (1, 2)}
     tables |= {"9": tabulate_probes(rows), "10": tabulate_cost(rows)}
-    tables["summary"] = tabulate(by_setting(rows, 1), (4, 6, 8, 16, 24, 32), short=True)
+    tables["summary"] = tabulate(by_setting(rows, 1), (4, 6, 16, 32), short=True)
     pairs = {f"{n} pairs": by_setting(rows, n) for n in (1, 2, 12)}
     return tables | {
         name: tabulate_pairs(groups.get("masked", masked), groups) for name, groups in pairs.items()

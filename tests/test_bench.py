@@ -8,7 +8,6 @@ from pathlib import Path
 import common
 
 import pytest
-import torch
 
 from bench import bench_probes, bench_rollout, gpu, random_bases, study
 from data import make_probe
@@ -56,12 +55,6 @@ def test_gpu_goes_on_part_by_part(toy_run, monkeypatch, capsys):
     gpu.main(cfg)
     assert started == ["rollout"]
     assert "| rollout | stopped here | " in capsys.readouterr().out
-
-
-def test_gpu_without_a_gpu_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu.main(gpu.Config())
-    assert capsys.readouterr().out == "no CUDA GPU here: nothing measured\n"
 
 
 @pytest.mark.parametrize("base, published", [("qwen3b", 3_754_622_976), ("qwen7b", 8_292_166_656)])
@@ -130,3 +123,9 @@ def test_the_study_makes_each_run_once_goes_on_and_fills_its_tables(tmp_path, mo
     assert all(wrong in page.read_text() for page in pages)
     study.main(cfg)  # all rows are there
     assert len(said) == 9
+
+
+def test_the_pages_show_the_tables_that_the_rows_of_the_study_make():
+    tables = study.make_tables(json.loads(study.RESULTS.read_text()))
+    for page in study.PAGES:
+        assert study.fill_page(page.read_text(), tables) == page.read_text()
