@@ -38,7 +38,7 @@ settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--examples", type=int, default=10_000, help="messages to draw in tests of the protocol")
+    parser.addoption("--examples", type=int, default=3_000, help="messages to draw in tests of the protocol")
 
 
 @pytest.fixture(autouse=True)
