@@ -331,7 +331,6 @@ def probe_stream(kinds: tuple[str, ...], difficulties: tuple[str, ...], seed: in
         yield make_scene(rng.choice(kinds), rng.choice(difficulties), rng.getrandbits(48), **size)
 
 
-@functools.cache
 def list_photos(folder: Path) -> list[str]:
     """The image files of a folder, by their endings, in order. UserError if there are none."""
     endings = Image.registered_extensions()
@@ -426,8 +425,9 @@ def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
         for number, line in enumerate(itertools.islice(lines, limit), 1):
             try:
                 probes.append(_read_row(json.loads(line.decode("utf-8-sig")), file.parent))
-            # no UTF-8, no JSON, JSON nested too deeply, an answer that is no option, the checks below
-            except (ValueError, RecursionError) as error:
+            except RecursionError:
+                raise UserError(f"{file}, row {number}: is nested too deeply") from None
+            except ValueError as error:  # no UTF-8, no JSON, an answer that is no option, the checks below
                 raise UserError(f"{file}, row {number}: {error}") from None
     if not probes:
         raise UserError(f"{file}: holds no rows")
@@ -592,7 +592,7 @@ def cold_start(
         hurry = low * (high / low) ** rng.random() if rng.random() >= patient_share else 0.0
         texts = write_search(probe, rng, pattern=pattern, impatience=hurry, slip=slip)
         if len(texts) <= max_turns and texts[-1].endswith(f"<answer>{probe.answer}</answer>"):
-            probe.image = probe.image or draw_scene(probe)
+            probe.image = probe.open()
             yield probe, texts
 
 

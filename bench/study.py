@@ -6,7 +6,7 @@ finished evaluation is a row of docs/results/study.json and is not made again, a
 stopped, so the same command finishes an interrupted study. The tables of docs/study.md and README.md, and
 the curve, are made from the rows alone.
 
-    $ python bench/study.py --photos photos     # all of it, about 9 hours on two cores
+    $ python bench/study.py --photos photos     # all of it, about 7 hours on two cores
     $ python bench/study.py --only 1 5
     $ python bench/study.py --report            # no runs: the tables and the curve once more
 """
@@ -44,7 +44,6 @@ ROOT, COMMIT = Path(__file__).resolve().parents[1], find_commit()  # before the 
 RESULTS = ROOT / "docs/results/study.json"
 PAGES = (ROOT / "README.md", ROOT / "docs/study.md")
 LIMITS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48)  # of turns, at test; one pass at the largest gives all
-SHORT = (6, 12, 32, 48)
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,8 @@ def run_command(cfg: Config, folder: Path, command: str) -> None:
 def make_row(cfg: Config, chain: Chain) -> dict:
     """Makes what is missing of a chain. Its row: the outcome of each probe, and what training was like."""
     folder, policy, commands = cfg.out.absolute() / f"seed{chain.seed}", "tiny", []
-    scripts = ("train_sft.py", "train_rl.py", "eval.py")
     with contextlib.ExitStack() as locked:  # nobody trains a policy further while it is evaluated
-        for script, flags in zip(scripts, chain.flags):
+        for script, flags in zip(("train_sft.py", "train_rl.py", "eval.py"), chain.flags):
             if flags == "-":
                 continue
             begin = f"{script} --init {policy} " if script != "train_sft.py" else f"{script} "
@@ -135,10 +133,10 @@ def make_row(cfg: Config, chain: Chain) -> dict:
             locked.enter_context(folder_locks[folder])
             commands.append(f"{begin} {given}".strip())
             run_command(cfg, folder, commands[-1])
-            policy, trained = (policy, folder.parent) if script == "eval.py" else (str(folder), None)
+            policy = str(folder)
     results = json.loads((folder / "results.json").read_text())
     episodes = [json.loads(line) for line in (folder / "episodes.jsonl").open()]
-    steps = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
+    steps = [json.loads(line) for line in (folder.parent / "metrics.jsonl").open()]
     row = {"question": chain.question, "setting": chain.setting, "seed": chain.seed}
     row["commands"] = [c.replace(f"{cfg.out.absolute()}/", "") for c in commands]
     row |= {"commit": COMMIT, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
@@ -166,12 +164,12 @@ def make_rows(cfg: Config, rows: list[dict]) -> Iterator[dict]:
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def accuracy(row: dict, limit: int = 10**6) -> float:
+def score(row: dict, limit: int = 10**6) -> float:
     """Right answers (%) within a turn limit."""
     return 100 * statistics.fmean(0 < turns <= limit for turns in row["right_at"])
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def average(values: list[float], digits: int = 1) -> str:
     """Mean over seeds ± its standard error; empty for no seeds."""
     if not values:
         return ""
@@ -184,7 +182,7 @@ def format_table(header: list, lines: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (header, rule, *lines))
 
 
-def by_setting(rows: list[dict], question: int, seeds: int = 5) -> dict[str, list[dict]]:
+def pick(rows: list[dict], question: int, seeds: int = 5) -> dict[str, list[dict]]:
     """The rows of a question, by setting, in the order of the plan."""
     found = {(row["question"], row["setting"], row["seed"]): row for row in rows}
     groups: dict[str, list[dict]] = {}
@@ -195,17 +193,20 @@ def by_setting(rows: list[dict], question: int, seeds: int = 5) -> dict[str, lis
     return groups
 
 
-def tabulate(groups: dict[str, list[dict]], limits: tuple[int, ...], short: bool = False) -> str:
+MEASURES = ("wrong", "over-turn", "turns", "over-turn in training")
+
+
+def tabulate(groups: dict[str, list[dict]], limits: tuple[int, ...], measures: tuple = MEASURES) -> str:
     """Accuracy at the limits; how episodes end at the largest; over-turn at the end of training."""
-    lines, more = [], ["wrong"] if short else ["wrong", "over-turn", "turns", "over-turn in training"]
+    lines = []
     for setting, rows in groups.items():
-        columns = [[accuracy(row, limit) for row in rows] for limit in limits]
-        columns.append([100 * row["stops"]["answer"] - accuracy(row) for row in rows])
-        columns.append([100 * sum(row["stops"][name] for name in OVER_TURN) for row in rows])
-        columns.append([row["mean_turns"] for row in rows])
-        columns.append([100 * statistics.fmean(row["training_over_turn"][-10:] or [0]) for row in rows])
-        lines.append([setting, len(rows), *map(spread, columns[: len(limits) + len(more)])])
-    return format_table(["setting", "seeds", *limits, *more], lines)
+        columns: dict = {limit: [score(row, limit) for row in rows] for limit in limits}
+        columns["wrong"] = [100 * row["stops"]["answer"] - score(row) for row in rows]
+        columns["over-turn"] = [100 * sum(row["stops"][name] for name in OVER_TURN) for row in rows]
+        columns["turns"] = [row["mean_turns"] for row in rows]
+        columns["over-turn in training"] = [100 * sum(row["training_over_turn"][-10:]) / 10 for row in rows]
+        lines.append([setting, len(rows), *(average(columns[name]) for name in (*limits, *measures))])
+    return format_table(["setting", "seeds", *limits, *measures], lines)
 
 
 def tabulate_pairs(masked: list[dict], others: dict[str, list[dict]]) -> str:
@@ -224,20 +225,20 @@ def tabulate_pairs(masked: list[dict], others: dict[str, list[dict]]) -> str:
 def tabulate_probes(rows: list[dict]) -> str:
     """Question 9: by kind and K, beside the scripted searcher, which looks at nothing twice or in vain."""
     probes = list(itertools.islice(probe_stream(PROBE_KINDS, ("hard",), 1_000_000), 400))  # those of eval.py
-    masked, lines = by_setting(rows, 1, seeds=3).get("masked", []), []
+    masked, lines = pick(rows, 1, seeds=3).get("masked", []), []
     for names in ([probe.source for probe in probes], [f"K {probe.meta['k']}" for probe in probes]):
         for name in sorted(set(names)):
             at = [i for i, other in enumerate(names) if other == name]
             parts = [{"right_at": [row["right_at"][i] for i in at]} for row in masked]
             lines.append((name, parts, [probes[i] for i in at]))
-    for name, more in by_setting(rows, 9).items():
+    for name, more in pick(rows, 9).items():
         count = int(name.removeprefix("K "))
         lines.append((name, more, [make_scene("sign", "hard", n, candidates=count) for n in range(100)]))
     cells = []
     for name, parts, asked in lines:
         turns = [len(write_search(p, random.Random(0), pattern="depth_first")) for p in asked]
-        best = [f"{accuracy({'right_at': turns}, limit):.1f}" for limit in (6, 32)]
-        cells.append([name, *(spread([accuracy(r, limit) for r in parts]) for limit in (6, 32)), *best, 25])
+        best = [f"{score({'right_at': turns}, limit):.1f}" for limit in (6, 32)]
+        cells.append([name, *(average([score(r, limit) for r in parts]) for limit in (6, 32)), *best, 25])
     return format_table(["probes", 6, 32, "perfect, 6", "perfect, 32", "guessing"], cells)
 
 
@@ -249,12 +250,12 @@ VIEW, TEXT = 1276, 160  # tokens of a view of a megapixel, and of the text of a 
 def tabulate_cost(rows: list[dict]) -> str:
     """Question 10: tiny as measured; the bases as counted, in 16 bits, each token read once."""
     lines = []
-    for setting, group in by_setting(rows, 10).items():
+    for setting, group in pick(rows, 10).items():
         tokens = [row["mean_tokens"] for row in group]
-        right = [100 * row["mean_tokens"] / max(accuracy(row), 1e-9) for row in group]
+        right = [100 * row["mean_tokens"] / max(score(row), 1e-9) for row in group]
         seconds = [row["seconds"] / len(row["right_at"]) for row in group]
-        lines.append(["tiny", setting, spread(tokens, 0), spread(right, 0), spread(seconds, 3)])
-        lines[-1] += [spread([row["peak_gb"] for row in group], 2), ""]
+        lines.append(["tiny", setting, average(tokens, 0), average(right, 0), average(seconds, 3)])
+        lines[-1] += [average([row["peak_gb"] for row in group], 2), ""]
     for name, (weights, tower, layers, heads, width) in BASES.items():
         for turns in (6, 12, 24, 48):
             tokens = turns * (VIEW + TEXT)
@@ -267,15 +268,15 @@ def tabulate_cost(rows: list[dict]) -> str:
 
 def make_tables(rows: list[dict]) -> dict[str, str]:
     """The tables by name. Where a question compares with the default, its first three seeds."""
-    first, masked = by_setting(rows, 1, seeds=3), by_setting(rows, 1).get("masked", [])
-    tables = {str(n): tabulate(first | by_setting(rows, n), SHORT) for n in (3, 4, 5, 6, 7, 11)}
-    tables |= {str(n): tabulate(by_setting(rows, n), LIMITS) for n in (1, 2)}
+    first, masked = pick(rows, 1, seeds=3), pick(rows, 1).get("masked", [])
+    tables = {str(n): tabulate(first | pick(rows, n), (6, 12, 32, 48)) for n in (3, 4, 5, 6, 7, 11)}
+    tables |= {str(n): tabulate(pick(rows, n), LIMITS) for n in (1, 2)}
     tables |= {"9": tabulate_probes(rows), "10": tabulate_cost(rows)}
-    tables["summary"] = tabulate(by_setting(rows, 1), (4, 6, 16, 32), short=True)
-    pairs = {f"{n} pairs": by_setting(rows, n) for n in (1, 2, 12)}
-    return tables | {
-        name: tabulate_pairs(groups.get("masked", masked), groups) for name, groups in pairs.items()
-    }
+    tables["summary"] = tabulate(pick(rows, 1), (4, 6, 16, 32), MEASURES[:1])
+    pairs = {f"{n} pairs": pick(rows, n) for n in (1, 2, 12)}
+    for name, groups in pairs.items():
+        tables[name] = tabulate_pairs(groups.get("masked", masked), groups)
+    return tables
 
 
 def fill_page(text: str, tables: dict[str, str]) -> str:
@@ -290,20 +291,21 @@ def report(rows: list[dict]) -> None:
     tables, curves = make_tables(rows), {}
     for page in PAGES:
         write_atomic(page, fill_page(page.read_text(), tables).encode())
-    for setting, group in by_setting(rows, 1).items():
-        points = {n: mean_and_error([[accuracy(row, n) / 100] for row in group]) for n in LIMITS}
+    for setting, group in pick(rows, 1).items():
+        points = {n: mean_and_error([[score(row, n) / 100] for row in group]) for n in LIMITS}
         curves[setting] = {str(n): dict(zip(("accuracy", "error"), point)) for n, point in points.items()}
     draw_curves(curves, 6, RESULTS.with_name("curve.png"))
 
 
 def main(cfg: Config) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    if not cfg.report:
+    if cfg.report:
+        report(rows)
+    else:
         lock(cfg.out)
         for row in make_rows(cfg, rows):
             rows.append(row)
             report(rows)
-    report(rows)
     print(f"{len(rows)} rows of {len(read_plan())} in {RESULTS}")
 
 

@@ -13,26 +13,22 @@ from bench import bench_probes, bench_rollout, gpu, random_bases, study
 from data import make_probe
 from env import OVER_TURN
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-MEASURED = ["smoke", "qwen3b", "qwen7b", "rollout"]  # at toy size "compile" is the rollouts again
-
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory) -> tuple[gpu.Config, str]:
     """gpu.py at toy size: its configuration, and what it printed."""
     folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--toy"]
-    command += ["--out", folder / "gpu.json", "--bases", folder, "--only", *MEASURED]
+    command = [sys.executable, Path(gpu.__file__), "--device", "cpu", "--toy"]
+    command += ["--out", folder / "gpu.json", "--bases", folder]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    places = {"out": folder / "gpu.json", "bases": folder, "only": tuple(MEASURED)}
-    return gpu.Config(**places, device="cpu", toy=True), run.stdout
+    return gpu.Config(out=folder / "gpu.json", bases=folder, device="cpu", toy=True), run.stdout
 
 
 def test_gpu_runs_all_its_parts(toy_run):
     cfg, printed = toy_run
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert list(dict.fromkeys(row[0] for row in rows)) == MEASURED
+    assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS)
     assert "Error" not in printed and "failed" not in printed
     measured = {(row[0], row[1]) for row in rows}
     for preset in ("qwen3b", "qwen7b"):
@@ -96,13 +92,12 @@ PAGE = "\n".join(["<!-- table 1 -->", "<!-- end -->", "## The plan", *(f"| {line
 
 
 def test_the_study_makes_each_run_once_goes_on_and_fills_its_tables(tmp_path, monkeypatch):
-    said, pages = [], (tmp_path / "README.md", tmp_path / "study.md")
-    for page in pages:
-        page.write_text(PAGE)
+    said, page = [], tmp_path / "study.md"
+    page.write_text(PAGE)
 
     def call(words, **_) -> int:
         folder = Path(words[words.index("--out") + 1])
-        said.append(words[1] + ("/resumed" if "--resume" in words else ""))
+        said.append(words[1].removesuffix(".py") + ("+" if "--resume" in words else ""))
         if words[1] == "eval.py":
             (folder / "results.json").write_text(json.dumps(NUMBERS))
             common.write_lines(folder / "episodes.jsonl", EPISODES)
@@ -113,18 +108,16 @@ def test_the_study_makes_each_run_once_goes_on_and_fills_its_tables(tmp_path, mo
         return 0
 
     monkeypatch.setattr(study.subprocess, "call", call)
-    monkeypatch.setattr(study, "PAGES", pages)
+    monkeypatch.setattr(study, "PAGES", (page, page))
     monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
     cfg = study.Config(out=tmp_path / "runs", jobs=1)
     with pytest.raises(common.UserError, match="--lr 1 --steps 100 was stopped"):
         study.main(cfg)
     study.main(cfg)
-    sft, rl, test = "train_sft.py", "train_rl.py", "eval.py"
-    assert said == [sft, test, rl, test, rl, f"{rl}/resumed", test, f"{rl}/resumed", test]
-    # At 1, 2, 4 and 6 turns.
-    assert all("| masked | 1 | 0.0 | 25.0 | 50.0 | 50.0 |" in page.read_text() for page in pages)
     study.main(cfg)  # all rows are there
-    assert len(said) == 9
+    assert " ".join(said) == "train_sft eval train_rl eval train_rl train_rl+ eval train_rl+ eval"
+    # At 1, 2, 4 and 6 turns.
+    assert "| masked | 1 | 0.0 | 25.0 | 50.0 | 50.0 |" in page.read_text()
 
 
 def test_the_pages_show_the_tables_that_the_rows_of_the_study_make():

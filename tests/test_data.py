@@ -64,6 +64,7 @@ def test_answers_and_places_are_scattered():
     assert len(targets) > 180 and len(plates) == 18 * 18
     regions = [{data.split_cell(item["cell"], 6)[0] for item in s.meta["items"]} for s in scenes]
     assert {len(occupied) for occupied in regions} == {3, 4, 5, 6, 7}
+    assert len({make_scene("sign", "hard", seed).meta["items"][0]["cell"] for seed in range(300)}) == 36
 
 
 def test_a_glyph_is_seen_in_a_crop_and_vanishes_in_the_view_of_its_region():
@@ -200,6 +201,13 @@ def test_lists_go_in_blocks_of_two_by_two_and_the_first_is_followed_round():
         lists = set(re.findall(r"in (r\d), observation_.*?: (plates .*?),", " ".join(texts)))
         assert lists <= {("r1", "plates a1 b2 d1 a3"), ("r2", "plates a1 b1 a2"), ("r9", "plates f6")}
     assert firsts == {"r1", "r2", "r9"}
+    flat = make_scene("sign", "hard", 2)
+    for texts in (write_search(flat, random.Random(seed), pattern="depth_first") for seed in range(30)):
+        listed, _, visited = texts[0].partition("plates ")[2].partition(",")
+        visited = re.findall(r"(?:next|after \w+) (\w+)", visited + " ".join(texts[1:]))
+        firsts.add(visited[0])
+        assert " ".join(visited) in f"{listed} {listed}"
+    assert len(firsts) > 8
 
 
 @pytest.mark.parametrize("pattern", ["depth_first", "trial_and_error"])
@@ -327,7 +335,7 @@ GOOD = {"image": "a.png", "question": "Who?", "answer": "A", "options": {"A": "A
         ({"question": "\ud800"}, "surrogates not allowed"),
         ("[1]", "should be an object"),
         ('{"image"', "row 2: "),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested too deeply"),
         (b"\xff\xfe", "utf-8"),
     ],
 )
