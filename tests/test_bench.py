@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 
@@ -13,20 +15,29 @@ from bench import bench_probes, bench_rollout, gpu, random_bases, study
 from data import make_probe
 from env import OVER_TURN
 
-
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory) -> tuple[gpu.Config, str]:
-    """gpu.py at toy size: its configuration, and what it printed."""
-    folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, Path(gpu.__file__), "--device", "cpu", "--toy"]
-    command += ["--out", folder / "gpu.json", "--bases", folder]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return gpu.Config(out=folder / "gpu.json", bases=folder, device="cpu", toy=True), run.stdout
+PATCHED = [(gpu.common, "log_metrics"), (gpu.train_rl, "rollout"), (gpu.eval_script, "rollout")]
+PATCHED += [(script, "load_policy") for script in (gpu.train_sft, gpu.train_rl, gpu.eval_script)]
+PATCHED += [(script, "token_logprobs") for script in (gpu.train_sft, gpu.train_rl)]
 
 
-def test_gpu_runs_all_its_parts(toy_run):
-    cfg, printed = toy_run
+def test_gpu_runs_all_its_parts_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """All parts in this process, which is quicker; then one of them again, as a user does."""
+    cfg = gpu.Config(out=tmp_path / "gpu.json", bases=tmp_path, device="cpu", toy=True)
+
+    def run(command, timeout, env):
+        with (
+            pytest.MonkeyPatch.context() as patches
+        ):  # what a part puts into the scripts goes with its process
+            for module, name in PATCHED:
+                patches.setattr(module, name, getattr(module, name))
+            gpu.main(replace(cfg, part=command[-1]))
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(gpu, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
+        patches.setenv("TORCHDYNAMO_DISABLE", "1")
+        gpu.main(cfg)
+    printed = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
     assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS)
     assert "Error" not in printed and "failed" not in printed
@@ -37,22 +48,24 @@ def test_gpu_runs_all_its_parts(toy_run):
     (note,) = (row[-1] for row in rows if row[1] == "log-probs, rollout and training")
     assert float(note.split()[2]) < 1e-4
 
-
-def test_gpu_goes_on_part_by_part(toy_run, monkeypatch, capsys):
-    cfg, _ = toy_run
     results = json.loads(cfg.out.read_text())
     results["rollout"]["done"] = False
     common.write_atomic(cfg.out, json.dumps(results).encode())
-    started = []
-
-    def run(command, timeout, env):
-        started.append(command[-1])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    gpu.main(cfg)
-    assert started == ["rollout"]
-    assert "| rollout | stopped here | " in capsys.readouterr().out
+    command = [
+        sys.executable,
+        gpu.__file__,
+        "--device",
+        "cpu",
+        "--toy",
+        "--out",
+        cfg.out,
+        "--bases",
+        tmp_path,
+    ]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == len(gpu.PARTS) - 1
+    assert "| rollout | tiny, 2 turns, 2 episodes" in again.stdout and "stopped" not in again.stdout
 
 
 @pytest.mark.parametrize("base, published", [("qwen3b", 3_754_622_976), ("qwen7b", 8_292_166_656)])
