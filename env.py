@@ -131,9 +131,8 @@ def parse_action(text: str) -> Crop | Answer:
     spoken = " ".join([first, *(piece.partition("</think>")[2] for piece in pieces)])
     crops, answers = spoken.count("<grounding>"), spoken.count("<answer>")
     if crops + answers == 0:
-        hidden = text.rpartition("</think>")[2].partition("<think>")[
-            2
-        ]  # behind a thought that is never closed
+        # behind a thought that is never closed
+        hidden = text.rpartition("</think>")[2].partition("<think>")[2]
         if "<grounding>" in hidden or "<answer>" in hidden:
             raise ActionError("unclosed_tag", "the thought before the action is not closed")
         raise ActionError("no_action", "the message has neither a grounding nor an answer tag")
@@ -163,11 +162,8 @@ def _parse_crop(payload: str) -> Crop:
         raise ActionError("bad_json", f"this is not one JSON object with bbox_2d and source: {echo}")
 
     box, source = call["bbox_2d"], call["source"]
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(type(v) is float and math.isfinite(v) for v in box)
-    ):
+    four = isinstance(box, list) and len(box) == 4
+    if not four or not all(type(v) is float and math.isfinite(v) for v in box):
         raise ActionError("bad_box", f"bbox_2d must be a list of four finite numbers: {echo}")
     x0, y0, x1, y1 = (min(max(0.0, value), 1.0) for value in box)
     if x0 >= x1 or y0 >= y1:

@@ -18,9 +18,11 @@ Read next: train_rl.py.
 
 import itertools
 import math
+import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from pathlib import Path
 import common
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
@@ -100,7 +103,7 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
     return batch
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches(Dataset):
     """The batches of a run, by step, as another process draws them."""
 
     def __init__(self, cfg: Config, policy: Policy, written: list[Probe]):
@@ -111,26 +114,32 @@ class Batches(torch.utils.data.Dataset):
         return draw_batch(cfg, policy, step, written)
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """Data worker: ignores Ctrl-C, since the trainer decides when to stop, and ends at SIGTERM."""
+def start_worker(_worker: int) -> None:
+    """Data worker: ignores Ctrl-C, since the trainer decides when to stop, and ends at SIGTERM or with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_trainer, args=(os.getppid(),), daemon=True).start()
 
 
-def load_batches(
-    cfg: Config, policy: Policy, start: int, written: list[Probe]
-) -> torch.utils.data.DataLoader:
+def end_with_trainer(trainer: int) -> None:
+    """Without it the worker of a killed trainer waits for ever to hand over its last batch."""
+    while os.getppid() == trainer:
+        time.sleep(1)
+    os._exit(1)
+
+
+def load_batches(cfg: Config, policy: Policy, start: int, written: list[Probe]) -> DataLoader:
     """The batches of all steps from `start` on. On Linux the next one is drawn in a process of its own.
 
     A process, not a thread: drawing would compete with training for the interpreter lock.
     """
     fork = {"num_workers": 1, "prefetch_factor": 1, "multiprocessing_context": "fork"}
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         Batches(cfg, policy, written),
         batch_size=None,
         sampler=range(start, cfg.steps),
         collate_fn=lambda batch: batch,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=start_worker,
         **(fork if sys.platform == "linux" else {}),
     )
 

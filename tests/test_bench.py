@@ -1,9 +1,9 @@
 """bench/: gpu.py at toy size through all of its parts, and that the benchmarks compare like with like."""
 
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,57 +15,44 @@ from bench import bench_probes, bench_rollout, gpu, random_bases, study
 from data import make_probe
 from env import OVER_TURN
 
-PATCHED = [(gpu.common, "log_metrics"), (gpu.train_rl, "rollout"), (gpu.eval_script, "rollout")]
-PATCHED += [(script, "load_policy") for script in (gpu.train_sft, gpu.train_rl, gpu.eval_script)]
-PATCHED += [(script, "token_logprobs") for script in (gpu.train_sft, gpu.train_rl)]
+SCRIPTS = (gpu.train_sft, gpu.train_rl, gpu.eval_script)
 
 
 def test_gpu_runs_all_its_parts_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    """All parts in this process, which is quicker; then one of them again, as a user does."""
-    cfg = gpu.Config(out=tmp_path / "gpu.json", bases=tmp_path, device="cpu", toy=True)
+    """The command of each part runs in this process, which is quicker."""
+    flags = ["--device", "cpu", "--toy", "--out", str(tmp_path / "gpu.json"), "--bases", str(tmp_path)]
+    started = []
 
     def run(command, timeout, env):
+        started.append(command[-1])
         with (
             pytest.MonkeyPatch.context() as patches
         ):  # what a part puts into the scripts goes with its process
-            for module, name in PATCHED:
-                patches.setattr(module, name, getattr(module, name))
-            gpu.main(replace(cfg, part=command[-1]))
+            patches.setattr(common, "log_metrics", common.log_metrics)
+            for script, name in itertools.product(SCRIPTS, ("load_policy", "rollout", "token_logprobs")):
+                patches.setattr(script, name, getattr(script, name, None), raising=False)
+            patches.setenv("TORCHDYNAMO_DISABLE", env["TORCHDYNAMO_DISABLE"])
+            patches.setattr(sys, "argv", command[1:])
+            common.cli(gpu.main, gpu.Config)
         return subprocess.CompletedProcess(command, 0)
 
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(gpu, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
-        patches.setenv("TORCHDYNAMO_DISABLE", "1")
-        gpu.main(cfg)
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    common.cli(gpu.main, gpu.Config)
     printed = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS)
-    assert "Error" not in printed and "failed" not in printed
-    measured = {(row[0], row[1]) for row in rows}
-    for preset in ("qwen3b", "qwen7b"):
-        for what in ("sft, step", "rl, rollout", "rl, update", "eval, rollout"):
-            assert (preset, what) in measured
+    assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS) == started
+    steps = itertools.product(
+        ("qwen3b", "qwen7b"), ("sft, step", "rl, rollout", "rl, update", "eval, rollout")
+    )
+    assert set(steps) <= {(row[0], row[1]) for row in rows}
     (note,) = (row[-1] for row in rows if row[1] == "log-probs, rollout and training")
     assert float(note.split()[2]) < 1e-4
 
-    results = json.loads(cfg.out.read_text())
-    results["rollout"]["done"] = False
-    common.write_atomic(cfg.out, json.dumps(results).encode())
-    command = [
-        sys.executable,
-        gpu.__file__,
-        "--device",
-        "cpu",
-        "--toy",
-        "--out",
-        cfg.out,
-        "--bases",
-        tmp_path,
-    ]
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == len(gpu.PARTS) - 1
-    assert "| rollout | tiny, 2 turns, 2 episodes" in again.stdout and "stopped" not in again.stdout
+    file = tmp_path / "gpu.json"
+    file.write_text(file.read_text().replace('"done": true', '"done": false', 1))
+    common.cli(gpu.main, gpu.Config)
+    assert started[len(gpu.PARTS) :] == ["smoke"] and "stopped here" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("base, published", [("qwen3b", 3_754_622_976), ("qwen7b", 8_292_166_656)])

@@ -315,10 +315,3 @@ def test_mistakes_of_users_are_told(saved, tmp_path, monkeypatch, flags):
     assert code == 2 and not (tmp_path / "out").exists()
     assert MISTAKES[flags] in " ".join(" ".join(error).split())
     assert len(error) == 1 or not error[0].startswith("error")  # tyro explains with more lines
-
-
-def test_the_first_word_chooses_a_preset(monkeypatch):
-    code, page, _ = run_main(monkeypatch, "eval.py", "qwen7b", "--help")
-    assert code == 0 and "nf4" in "".join(page) and "1024" in "".join(page)
-    code, _, error = run_main(monkeypatch, "eval.py", "huge")
-    assert code == 2 and error == ["error: huge: no such preset; there are tiny, qwen3b, qwen7b"]

@@ -198,6 +198,12 @@ def wait_for_step(out: Path, step: int) -> None:
     raise AssertionError(f"step {step} never came")
 
 
+def processes_of(out: Path) -> list[str]:
+    """What is at work for a run directory, by its command line (Linux)."""
+    search = ["grep", "-sal", f"out={out}", "/dev/null", *Path("/proc").glob("[0-9]*/cmdline")]
+    return subprocess.run(search, capture_output=True, text=True).stdout.split()
+
+
 def test_a_run_that_is_killed_or_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch):
     """kill -9 in the middle, then Ctrl-C after the step, then to the end: as a straight run, bit for bit."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -214,6 +220,7 @@ def test_a_run_that_is_killed_or_stopped_ends_as_one_that_was_not(tmp_path, monk
         assert run_main(monkeypatch, "train_sft", *words)[0] == 0
     assert without_times(read_lines(straight)) == without_times(read_lines(broken))
     assert same_weights(load_weights_of(straight), load_weights_of(broken))
+    assert not processes_of(broken)  # the data worker of the killed run has ended too
 
 
 def test_a_search_of_the_scripted_searcher_fits_the_vocabulary_of_the_tiny_policy(policy):
