@@ -352,6 +352,8 @@ class ProbeFlags:
 
     def draw_probes(self, seed: int, **size) -> Iterator[Probe]:
         """probe_stream of these flags; size: see make_probe. UserError for a folder without photographs."""
+        if self.candidates == 1:
+            raise UserError("--candidates 1: a plate alone need not be the one; give a multiple of 4")
         photos = list_photos(self.backgrounds) if self.backgrounds else None
         flags = {"regions": self.regions, "candidates": self.candidates, "backgrounds": photos}
         return probe_stream(self.kinds, self.difficulties, seed, **flags | size)
@@ -414,12 +416,9 @@ def load_probes(path: str | Path, limit: int | None = None) -> list[Probe]:
     whichever of the other fields of Probe. Further keys go to `meta`. limit: read only so many rows.
     UserError names the file and the row of what is wrong. No row is left out.
     """
-    file = Path(path)
-    file = file / "probes.jsonl" if file.is_dir() else file
+    file = Path(path, "probes.jsonl") if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(
-            f"{file}: no such set of probes; to make one: python data.py --out DIR, or see prepare/"
-        )
+        raise UserError(f"{file}: no such set of probes; make one: python data.py --out DIR, or prepare/")
     probes = []
     with open(file, "rb") as lines:
         for number, line in enumerate(itertools.islice(lines, limit), 1):
@@ -503,7 +502,7 @@ def write_search(
     """
     regions, grid = probe.meta["regions"], probe.meta["grid"]
     step = "next" if pattern == "depth_first" else "try"
-    # Nothing between a place and the next: heads learn soon to copy what followed it in the list.
+    # Depth-first, the next place follows the last one directly, as in the list: easy to learn by copying.
     go = "" if step == "next" else ", try"
     at: dict[tuple, dict] = {}  # region -> cell inside it -> item
     for item in probe.meta["items"]:

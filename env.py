@@ -20,7 +20,7 @@ What one assistant message leads to (the first row that fits; a turn is one assi
 
     the message without its thoughts (an open one ends it)     step returns               code in env.errors
     ---------------------------------------------------------  -------------------------  ------------------
-    neither <grounding> nor <answer>                           (None, "void")             no_action (not kept)
+    no <grounding>, no <answer>, nor behind an open thought    (None, "void")             no_action (not kept)
     exactly one non-empty answer, even in the last turn        (None, "answer")           -
     any error below, in the last turn                          (None, "void")             its code
     an action only behind a thought that is never closed       (error message, None)      unclosed_tag
@@ -131,7 +131,7 @@ def parse_action(text: str) -> Crop | Answer:
     spoken = " ".join([first, *(piece.partition("</think>")[2] for piece in pieces)])
     crops, answers = spoken.count("<grounding>"), spoken.count("<answer>")
     if crops + answers == 0:
-        # behind a thought that is never closed
+        # What follows the beginning of a thought that is never closed.
         hidden = text.rpartition("</think>")[2].partition("<think>")[2]
         if "<grounding>" in hidden or "<answer>" in hidden:
             raise ActionError("unclosed_tag", "the thought before the action is not closed")

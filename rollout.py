@@ -2,9 +2,9 @@
 
     a wave of B rows that advance turn by turn; `.` is padding, on the left of what is new and masked for good
 
-    row 0   [prompt, image][turn 1........][observation 1][turn 2 ...>
-    row 1   [prompt, image][turn 1....]....[observation 1][turn 2 ...>      ended turn 1 earlier, waited
-    row 2   ...............................                                 answered in turn 1, left the wave
+    row 0   [prompt, image][turn 1        ][observation 1][turn 2   >
+    row 1   [prompt, image][turn 1    ]....[observation 1][turn 2   >       ended turn 1 earlier, waited
+    row 2   [prompt, image][turn 1      ]..                                 answered in turn 1, left the wave
 
 (1) The prompt of each question is read once; its keys and values are repeated for the G rollouts of its
 group. (2) All rows sample one token each, until every row has ended its turn: its action is closed, or it
@@ -53,11 +53,11 @@ class Episode:
     """One conversation, as token ids: written by a rollout or a replay, read by training and evaluation.
 
     token_ids, assistant_mask, logprobs: (T,) the whole conversation with `<|image_pad|>` expanded; the mask
-    is True where the policy sampled; logprobs are those of sampling, 0 elsewhere. Lists while the episode
-    is played. crops: the successful crops in order, made at `crop_turns`. turns: assistant messages; texts:
-    these messages. stop: one of env.STOPS. reward: 1.0 or 0.0. errors: codes of failed actions. features:
-    per view what the tower made of it (Policy.encode_views), where a frozen tower will not change it.
-    judged: False if a judge failed, so that the reward means nothing. advantage, masked: see train_rl.py.
+    is True on the tokens of assistant messages; logprobs are those of sampling, 0 elsewhere. Lists while the
+    episode is played. crops: the successful crops in order, made at `crop_turns`. turns: assistant messages;
+    texts: these messages. stop: one of env.STOPS. reward: 1.0 or 0.0. errors: codes of failed actions.
+    features: per view what the tower made of it (Policy.encode_views), where a frozen tower will not change
+    it. judged: False if a judge failed, so that the reward means nothing. advantage, masked: see train_rl.py.
     """
 
     probe: Probe

@@ -1,10 +1,10 @@
 """GRPO with the over-turn mask: rollouts of 6 turns leave a policy that searches on for 32 (section 3.3).
 
 GRPO, but: (1) no KL term, no reference policy, no entropy bonus; (2) the clip is wider above than below
-(DAPO's clip-higher); (3) a group of equal rewards teaches nothing, is dropped, and another question takes
-its place; (4) a rollout that ran into a limit while it still searched (*over-turn*) is neither rewarded nor
-punished: its outcome is unknown, and a punishment would teach to guess before the limit. (4) is the idea of
-the paper: look for `over_turn`.
+(DAPO's clip-higher); (3) a group of equal rewards teaches nothing and is dropped (with --max_rounds above 1,
+another question takes its place); (4) a rollout that ran into a limit while it still searched (*over-turn*)
+is neither rewarded nor punished: its outcome is unknown, and a punishment would teach to guess before the
+limit. (4) is the idea of the paper: look for `over_turn`.
 
     Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
 
@@ -53,16 +53,16 @@ class Config(PolicyFlags, ProbeFlags):
     out: Path = Path("runs/rl")  # run directory
     seed: int = 0  # questions and sampling
     steps: int = 50  # rollout phases
-    questions: int = 24  # Q, groups with spread per step
+    questions: int = 24  # Q, groups per step; those without spread are dropped
     group_size: int = 8  # G, rollouts per question
     updates: int = 2  # optimizer steps per rollout phase, each on its share of the questions
-    max_rounds: int = 1  # rollout rounds per step to find Q groups with spread
+    max_rounds: int = 1  # rounds of rollouts at most; the later ones replace questions without spread
     lr: float = 1e-4  # constant (AdamW)
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.3
-    over_turn: Literal["mask", "zero_reward"] = "mask"  # a limit ended the rollout: leave it out, or wrong
+    over_turn: Literal["mask", "zero_reward"] = "mask"  # a limit ended it: not trained on, or with reward 0
     baseline: Literal["all", "completed"] = "all"  # rollouts in the mean and std of their group
     denominator: Literal["completed", "all"] = "completed"  # rollouts that the loss is divided by
     data: tuple[Path, ...] = ()  # sets of questions, as prepare/ makes them; default: fresh probes
@@ -113,7 +113,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def completed_advantages(rewards: Tensor, over_turn: Tensor, eps: float = 1e-6) -> Tensor:
-    """The ablation of decision (a): mean and std over the completed rollouts of a group; 0 for the others."""
+    """--baseline completed: mean and std over the completed rollouts of a group; 0 for the others."""
     advantages = torch.zeros_like(rewards)  # (Q, G)
     for row, reward, over in zip(advantages, rewards, over_turn):
         if int((~over).sum()) > 1:
@@ -137,7 +137,8 @@ def grpo_loss(
     logp, old_logp: (B, T) log-probs of the tokens now and when they were sampled. advantages: (B,).
     assistant_mask: (B, T), True where the policy sampled. over_turn: (B,), True for rollouts that a limit
     ended. denominator: rows that count in the whole optimizer step; default: those of this call that are
-    not over-turn. Changes none of its inputs. Each row is the mean over its sampled tokens (reference:
+    not over-turn. Changes none of its inputs. main has left masked rows out already, to save their forward:
+    here they would add exactly 0. Each row is the mean over its sampled tokens (reference:
     dp_actor.py:394).
     """
     assert logp.shape == old_logp.shape == assistant_mask.shape
@@ -257,8 +258,8 @@ def gather_groups(
 ) -> tuple[list[list[Episode]], list[list[Episode]]]:
     """(at most Q groups that teach something; every group that was rolled out).
 
-    Groups whose advantages are all zero are replaced, and so are those in which the judge left an answer
-    open.
+    Groups whose advantages are all zero are dropped, and so are those in which the judge left an answer
+    open. With cfg.max_rounds above 1 others take their place.
     """
     rng = random.Random(f"rl/{cfg.seed}/{step}")
     probes = cfg.draw_probes(rng.getrandbits(48))

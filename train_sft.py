@@ -2,7 +2,7 @@
 
 Next-token cross-entropy, but only on assistant tokens: what the environment wrote is never trained on. Two
 phases, one loss. The tiny policy, which has never seen a picture, first takes single looks (warm-up: what
-is on this plate, is it the one?); then it learns whole searches of up to 32 turns. Real bases skip the
+is on this plate, is it the one?); then it learns whole searches, of 32 turns at most. Real bases skip the
 warm-up. Batches are drawn afresh at every step.
 
     Q questions, G rollouts per question, B = Q * G rollouts, T tokens, V vocabulary
@@ -88,8 +88,8 @@ def draw_batch(cfg: Config, policy: Policy, step: int, written: list[Probe]) -> 
         plates = itertools.islice(plates, cfg.warmup_looks)
         batch += [replay(policy, plate, data.write_look(plate), WarmUpEnv) for plate in plates]
         # The list of one region, with many plates on it, and beginnings of whole searches.
-        for regions, turns in ((1, 1), (cfg.regions, 4)):
-            probes = cfg.draw_probes(rng.getrandbits(48), regions=regions)
+        for size, turns in (({"regions": 1, "candidates": None}, 1), ({}, 4)):
+            probes = cfg.draw_probes(rng.getrandbits(48), **size)
             for probe in itertools.islice(probes, cfg.warmup_plans):
                 texts = data.write_search(probe, rng, pattern="depth_first")
                 batch.append(replay(policy, probe, texts[:turns]))
@@ -115,14 +115,14 @@ class Batches(Dataset):
 
 
 def start_worker(_worker: int) -> None:
-    """Data worker: ignores Ctrl-C, since the trainer decides when to stop, and ends at SIGTERM or with it."""
+    """Data worker: ignores Ctrl-C, since the trainer decides when to stop. Ends with the trainer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_trainer, args=(os.getppid(),), daemon=True).start()
 
 
 def end_with_trainer(trainer: int) -> None:
-    """Without it the worker of a killed trainer waits for ever to hand over its last batch."""
+    """A worker whose trainer was killed would wait for ever to hand over its last batch."""
     while os.getppid() == trainer:
         time.sleep(1)
     os._exit(1)

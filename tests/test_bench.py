@@ -25,9 +25,8 @@ def test_gpu_runs_all_its_parts_and_goes_on_where_it_stopped(tmp_path, monkeypat
 
     def run(command, timeout, env):
         started.append(command[-1])
-        with (
-            pytest.MonkeyPatch.context() as patches
-        ):  # what a part puts into the scripts goes with its process
+        # What a part puts into the scripts would end with its process.
+        with pytest.MonkeyPatch.context() as patches:
             patches.setattr(common, "log_metrics", common.log_metrics)
             for script, name in itertools.product(SCRIPTS, ("load_policy", "rollout", "token_logprobs")):
                 patches.setattr(script, name, getattr(script, name, None), raising=False)
@@ -39,15 +38,13 @@ def test_gpu_runs_all_its_parts_and_goes_on_where_it_stopped(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
     monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
     common.cli(gpu.main, gpu.Config)
-    printed = capsys.readouterr().out
-    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines[1:]]
     assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS) == started
-    steps = itertools.product(
-        ("qwen3b", "qwen7b"), ("sft, step", "rl, rollout", "rl, update", "eval, rollout")
-    )
-    assert set(steps) <= {(row[0], row[1]) for row in rows}
-    (note,) = (row[-1] for row in rows if row[1] == "log-probs, rollout and training")
-    assert float(note.split()[2]) < 1e-4
+    steps = ("sft, step", "rl, rollout", "rl, update", "eval, rollout")
+    assert set(itertools.product(("qwen3b", "qwen7b"), steps)) <= {(row[0], row[1]) for row in rows}
+    notes = {row[1]: row[-1] for row in rows}
+    assert float(notes["log-probs, rollout and training"].split()[2]) < 1e-4
 
     file = tmp_path / "gpu.json"
     file.write_text(file.read_text().replace('"done": true', '"done": false', 1))

@@ -110,12 +110,13 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone(policy, batches):
     assert all(ids(other) != ids(batches[1]) for other in others)
 
 
-def test_the_warm_up_has_looks_and_plans_and_then_come_searches_that_end_right(batches):
+def test_the_warm_up_has_looks_and_plans_and_then_come_searches_that_end_right(policy, batches):
     warm_up, searches = batches
     assert [e.turns for e in warm_up[:3]] == [2, 2, 2] and len(warm_up) == 5
     assert all(e.crops and len(e.views()) == len(e.crops) for e in warm_up[:3])  # one view: that of the crop
     assert all(e.texts[0].startswith("<think>plates") for e in warm_up[3:])
     assert len(warm_up[3].texts) == 1 and len(warm_up[4].texts) <= 4
+    draw_batch(small("x", regions=3, candidates=48), policy, 0, [])  # more plates than a region has cells
     assert len(searches) == 2 and all(e.stop == "answer" and e.reward == 1.0 for e in searches)
 
 
