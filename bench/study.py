@@ -204,7 +204,8 @@ def tabulate(groups: dict[str, list[dict]], limits: tuple[int, ...], measures: t
         columns["wrong"] = [100 * row["stops"]["answer"] - score(row) for row in rows]
         columns["over-turn"] = [100 * sum(row["stops"][name] for name in OVER_TURN) for row in rows]
         columns["turns"] = [row["mean_turns"] for row in rows]
-        columns["over-turn in training"] = [100 * sum(row["training_over_turn"][-10:]) / 10 for row in rows]
+        ends = [row["training_over_turn"][-10:] or [0] for row in rows]
+        columns["over-turn in training"] = [100 * statistics.fmean(end) for end in ends]
         lines.append([setting, len(rows), *(average(columns[name]) for name in (*limits, *measures))])
     return format_table(["setting", "seeds", *limits, *measures], lines)
 
@@ -260,9 +261,8 @@ def tabulate_cost(rows: list[dict]) -> str:
         for turns in (6, 12, 24, 48):
             tokens = turns * (VIEW + TEXT)
             flop = 2 * weights * tokens + 2 * layers * width * tokens**2 + 8 * tower * turns * VIEW
-            memory = 2 * (weights + tower) + 4 * layers * heads * 128 * tokens
-            cells = ["", "", f"{memory / 1e9:.1f}", f"{flop / 1e15:.2f}"]
-            lines.append([name, f"{turns} turns", tokens, *cells])
+            gb = (2 * (weights + tower) + 4 * layers * heads * 128 * tokens) / 1e9
+            lines.append([name, f"{turns} turns", tokens, "", "", f"{gb:.1f}", f"{flop / 1e15:.2f}"])
     return format_table(["policy", "limit", "tokens", "per right answer", "seconds", "GB", "petaFLOP"], lines)
 
 

@@ -204,8 +204,7 @@ def read_lines(out) -> list[dict]:
 
 def read_cards(page) -> list[dict]:
     """The episodes in a page that write_page wrote."""
-    text = Path(page).read_text()
-    return json.loads(text.partition('id="episodes">')[2].partition("</script>")[0])
+    return json.loads(Path(page).read_text().partition('id="episodes">')[2].partition("</script>")[0])
 
 
 def without_times(rows: list[dict]) -> list[dict]:

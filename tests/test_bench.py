@@ -20,8 +20,8 @@ SCRIPTS = (gpu.train_sft, gpu.train_rl, gpu.eval_script)
 
 def test_gpu_runs_all_its_parts_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """The command of each part runs in this process, which is quicker."""
-    flags = ["--device", "cpu", "--toy", "--out", str(tmp_path / "gpu.json"), "--bases", str(tmp_path)]
-    started = []
+    file, started = tmp_path / "gpu.json", []
+    flags = ["--device", "cpu", "--toy", "--out", str(file), "--bases", str(tmp_path)]
 
     def run(command, timeout, env):
         started.append(command[-1])
@@ -38,18 +38,25 @@ def test_gpu_runs_all_its_parts_and_goes_on_where_it_stopped(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
     monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
     common.cli(gpu.main, gpu.Config)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    rows = [line.strip("| ").split(" | ") for line in lines[1:]]
+    printed = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
     assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu.PARTS) == started
+    assert "Error" not in printed and "failed" not in printed
     steps = ("sft, step", "rl, rollout", "rl, update", "eval, rollout")
     assert set(itertools.product(("qwen3b", "qwen7b"), steps)) <= {(row[0], row[1]) for row in rows}
-    notes = {row[1]: row[-1] for row in rows}
-    assert float(notes["log-probs, rollout and training"].split()[2]) < 1e-4
+    assert float({row[1]: row[-1] for row in rows}["log-probs, rollout and training"].split()[2]) < 1e-4
 
-    file = tmp_path / "gpu.json"
     file.write_text(file.read_text().replace('"done": true', '"done": false', 1))
+    gpu.print_table(json.loads(file.read_text()))
+    assert "| smoke | stopped here | " in capsys.readouterr().out
     common.cli(gpu.main, gpu.Config)
     assert started[len(gpu.PARTS) :] == ["smoke"] and "stopped here" not in capsys.readouterr().out
+
+
+def test_gpu_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    gpu.main(gpu.Config())
+    assert capsys.readouterr().out == "no CUDA GPU here: nothing measured\n"
 
 
 @pytest.mark.parametrize("base, published", [("qwen3b", 3_754_622_976), ("qwen7b", 8_292_166_656)])

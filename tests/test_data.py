@@ -101,8 +101,7 @@ def test_a_scene_is_a_probe_that_is_not_drawn_yet():
 
 
 def test_a_single_plate_is_the_target_about_as_often_as_not():
-    single = {"grid": 1, "candidates": 1}
-    scenes = [make_scene("attribute", "hard", seed, **single) for seed in range(200)]
+    scenes = [make_scene("attribute", "hard", seed, grid=1, candidates=1) for seed in range(200)]
     assert all(len(scene.meta["items"]) == 1 for scene in scenes)
     assert 70 < sum(scene.meta["items"][0]["target"] for scene in scenes) < 130
 
@@ -268,8 +267,7 @@ def test_only_searches_that_end_right_within_the_limit_are_kept_and_drawn():
 def test_the_shares_of_patterns_and_patience_are_as_asked():
     assert all(", next" in texts[0] for _, texts in searches(8, trial_share=0.0))
     assert all(", try " in texts[0] for _, texts in searches(8, trial_share=1.0))
-    patient = searches(25, patient_share=1.0)
-    assert not any("guess" in texts[-1] for _, texts in patient)
+    assert not any("guess" in texts[-1] for _, texts in searches(25, patient_share=1.0))
     assert any("guess" in texts[-1] for _, texts in searches(25, impatience=(0.5, 0.5), patient_share=0.0))
     # Impatience is drawn log-uniformly: of (0.001, 1), half are below 0.03, and few such searches guess.
     wide = searches(40, impatience=(0.001, 1.0), patient_share=0.0, max_turns=100)

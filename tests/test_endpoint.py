@@ -45,8 +45,7 @@ def test_a_request_holds_the_conversation_its_pixels_the_options_and_the_key(ser
     assert Endpoint(f"{server.url}/", "m")(talk, temperature=0.5, stop=["x"]) == "hello"
     ((path, headers),), (body,) = server.headers, server.bodies
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
-    image = body["messages"][1]["content"].pop()
-    assert decode(image).tobytes() == picture.tobytes()
+    assert decode(body["messages"][1]["content"].pop()).tobytes() == picture.tobytes()
     assert body.pop("messages") == [TALK[0], {"role": "user", "content": []}]
     assert body == {"model": "m", "top_p": 1.0, "temperature": 0.5, "stop": ["x"]}
     monkeypatch.delenv("OPENAI_API_KEY")

@@ -302,6 +302,7 @@ MISTAKES = {
     "--init gone": "cannot load gone",
     "--against gone": "--against: no results.json of an evaluation in gone",
     "--turn_limits 0": "start at 1",
+    "--control deaf": "black_crop",
     "--candidates 1": "give a multiple of 4",
     "--endpoint http://here/v1": "--model NAME",
     "--endpoint http://here/v1 --model m --control blind": "plays no --control",
@@ -316,3 +317,10 @@ def test_mistakes_of_users_are_told(saved, tmp_path, monkeypatch, flags):
     assert code == 2 and not (tmp_path / "out").exists()
     assert MISTAKES[flags] in " ".join(" ".join(error).split())
     assert len(error) == 1 or not error[0].startswith("error")  # tyro explains with more lines
+
+
+def test_the_first_word_chooses_a_preset(monkeypatch):
+    code, page, _ = run_main(monkeypatch, "eval.py", "qwen7b", "--help")
+    assert code == 0 and "nf4" in "".join(page) and "1024" in "".join(page)
+    code, _, error = run_main(monkeypatch, "eval.py", "huge")
+    assert code == 2 and error == ["error: huge: no such preset; there are tiny, qwen3b, qwen7b"]

@@ -590,8 +590,7 @@ def test_the_checkpoints_open_anywhere_and_find_what_they_are_said_to_find(name)
     path = rollout_module.CHECKPOINTS / name
     said = re.search(rf"`{name}` (\d+) of 40", (path.parent / "README.md").read_text())[1]
     network = transformers.AutoModelForImageTextToText.from_pretrained(path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    assert network.config.text_config.vocab_size == len(tokenizer)
+    assert network.config.text_config.vocab_size == len(transformers.AutoTokenizer.from_pretrained(path))
     probes = list(itertools.islice(data.probe_stream(data.PROBE_KINDS, ("hard",), 40), 40))
     episodes = rollout(load_policy(str(path), device="cpu"), probes, max_turns=32, max_turn_tokens=48)
     assert abs(sum(e.reward for e in episodes) - int(said)) <= 6
@@ -645,8 +644,7 @@ def test_the_page_works_in_a_browser_and_text_cannot_become_markup(ragged, tmp_p
     write_page(tmp_path / "a.html", [replay(ragged, *pair) for pair in zip(probes, scripts)])
     page = (tmp_path / "a.html").read_text()
     steps = (Path(__file__).parent / "viewer_steps.js").read_text()
-    page = page.replace("</body>", f"<script>{steps}</script></body>")
-    (tmp_path / "a.html").write_text(page)
+    (tmp_path / "a.html").write_text(page.replace("</body>", f"<script>{steps}</script></body>"))
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
     command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", "--dump-dom"]
     run = subprocess.run([*command, tmp_path / "a.html"], capture_output=True, text=True, timeout=60)

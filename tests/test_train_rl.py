@@ -39,8 +39,7 @@ def near(*values, abs=1e-5):
 
 def test_group_advantages_by_hand_with_eps_added_to_the_std():
     """Rewards 1 1 0 0 0 0 0 0: mean 1/4, unbiased variance (2 (3/4)^2 + 6 (1/4)^2) / 7 = 3/14, std 0.4629."""
-    rewards = f64([1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1])
-    first, second = group_advantages(rewards).tolist()
+    first, second = group_advantages(f64([1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1])).tolist()
     assert first == near([1.620185] * 2 + [-0.540062] * 6)  # 0.75 / 0.46291, -0.25 / 0.46291
     assert second == near([-0.353553] * 7 + [2.474874])  # std sqrt(1/8) = 0.353553
     assert group_advantages(f64([1, 0]), eps=1.0).tolist()[0] == near([0.292893, -0.292893])  # 0.5 / 1.707107
@@ -95,8 +94,7 @@ def batch() -> dict:
 
     Row means of advantage: 1.5, -0.5, (-0.5), 1.0. Completed rows: 3. Loss: -(1.5 - 0.5 + 1.0) / 3 = -2/3.
     """
-    rows = ("01000", "01010", "01101", "01110")
-    mask = torch.tensor([[digit == "1" for digit in row] for row in rows])
+    mask = torch.tensor([[digit == "1" for digit in row] for row in ("01000", "01010", "01101", "01110")])
     logp = torch.arange(20, dtype=torch.float64).view(4, 5) / -10
     over_turn, advantages = torch.tensor([False, False, True, False]), f64(1.5, -0.5, -0.5, 1.0)
     inputs = {"logp": logp, "old_logp": logp.clone(), "advantages": advantages}

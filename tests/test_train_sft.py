@@ -40,6 +40,11 @@ def small(out, **changes) -> Config:
     return Config(out=Path(out), device="cpu", **SMALL | changes)
 
 
+def flags(out: Path, **changes) -> list[str]:
+    """The same as words of a command."""
+    return [f"--{key}={value}" for key, value in (SMALL | {"out": out, "device": "cpu"} | changes).items()]
+
+
 @pytest.fixture(scope="module")
 def batches(policy):
     return [draw_batch(small("x"), policy, step, []) for step in (0, 2)]
@@ -166,8 +171,7 @@ def test_the_rate_rises_is_held_and_falls_to_its_floor_by_hand():
 
 
 def test_a_run_is_saved_in_the_hugging_face_layout_and_described(tmp_path, monkeypatch):
-    words = [f"--{key}={value}" for key, value in SMALL.items()]
-    code, out, err = run_main(monkeypatch, "train_sft", "--out", tmp_path, "--device", "cpu", *words)
+    code, out, err = run_main(monkeypatch, "train_sft", *flags(tmp_path))
     assert code == 0 and f"python train_rl.py --init {tmp_path}" in out[-1]
     rows = read_lines(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -180,14 +184,10 @@ def test_a_run_is_saved_in_the_hugging_face_layout_and_described(tmp_path, monke
     assert all(torch.equal(value, saved[name]) for name, value in trained.items())
 
 
-def flags_of_24_steps(out: Path) -> list[str]:
-    return [f"--{key}={value}" for key, value in (SMALL | {"steps": 24, "out": out, "device": "cpu"}).items()]
-
-
 def start(out: Path, *words: str) -> subprocess.Popen:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, ROOT / "train_sft.py", *flags_of_24_steps(out), *words]
+    command = [sys.executable, ROOT / "train_sft.py", *flags(out, steps=24), *words]
     return subprocess.Popen(command, **options)
 
 
@@ -217,7 +217,7 @@ def test_a_run_that_is_killed_or_stopped_ends_as_one_that_was_not(tmp_path, monk
     second.send_signal(signal.SIGINT)
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0 and "--resume" in out + err and len(read_lines(broken)) < 24
-    for words in (flags_of_24_steps(straight), [*flags_of_24_steps(broken), "--resume"]):
+    for words in (flags(straight, steps=24), [*flags(broken, steps=24), "--resume"]):
         assert run_main(monkeypatch, "train_sft", *words)[0] == 0
     assert without_times(read_lines(straight)) == without_times(read_lines(broken))
     assert same_weights(load_weights_of(straight), load_weights_of(broken))
